@@ -1,0 +1,304 @@
+"""From prompts to text: the sampling rules, the one decoding loop, and stop strings and streaming on top of it.
+
+Batch, stream, chat and samples during training all consume it. It reads no files and prints nothing.
+"""
+
+import math
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt.cache import KVCache
+from gpt.model import GPT
+from gpt.runtime import key
+from gpt.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "eos", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: penalty, then temperature, top-k, top-p, min-p, in this order as in transformers.
+
+    Temperature 0 and top_k 1 are greedy. `top_p` keeps the fewest tokens that hold that much probability (Holtzman et
+    al. 2020); `min_p` those at least that fraction as likely as the best (Nguyen et al. 2024); `repetition_penalty`
+    divides positive and multiplies negative logits of tokens already in the row, prompt included (Keskar et al. 2019).
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is none)"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {expected}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
+
+    def penalize(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """`logits` (B, V) with the repetition penalty on the tokens `seen` (B, V) bool."""
+        penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        return torch.where(seen, penalized, logits)
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """`logits` (B, V) at this temperature, -inf for every token that may not be drawn."""
+        scores = logits / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], -math.inf)
+        if self.top_p < 1:
+            probs = scores.softmax(-1)
+            scores = scores.masked_fill(probs < _nucleus_floor(probs, self.top_p), -math.inf)
+        if self.min_p is not None:
+            probs = scores.softmax(-1)
+            scores = scores.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), -math.inf)
+        return scores
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Choose one token a row: logits (B, V), uniform (B, 1) in [0, 1) -> ids (B, 1) int64.
+
+        The distribution function is inverted, so that a row costs one random number instead of V.
+        """
+        if self.greedy:
+            return logits.argmax(-1, keepdim=True)
+        mass = self.keep(logits).softmax(-1).cumsum(-1)
+        return torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
+
+
+def _nucleus_floor(probs: Tensor, top_p: float) -> Tensor:
+    """(B, 1): the smallest probability inside each row's top-p set.
+
+    A few hundred tokens almost always hold the set, and finding them is many times cheaper than sorting the vocabulary.
+    """
+    n_tokens = 256
+    while True:
+        top = probs.topk(min(n_tokens, probs.shape[-1])).values
+        mass = top.cumsum(-1)
+        if n_tokens >= probs.shape[-1] or bool((mass[:, -1] >= top_p).all()):
+            return top.masked_fill(mass - top >= top_p, math.inf).amin(-1, keepdim=True)
+        n_tokens *= 8
+
+
+class Column(NamedTuple):
+    """One step of every row: the token and its log-probability under the model at temperature 1; None after its end."""
+
+    ids: list[int | None]
+    logprobs: list[float | None]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_tokens: int,
+    *,
+    seed: int,
+    n_tokens_valid: int,
+    stop_ids: Collection[int],
+    banned_ids: Collection[int] = (),
+) -> Generator[Column, None, None]:
+    """Continue each prompt (start token included) by up to `max_tokens` tokens, a column at a time.
+
+    A row ends with the first of `stop_ids`, which it includes. Ids from `n_tokens_valid` on (padding of the vocabulary)
+    and `banned_ids` are never drawn. Row r draws from `seed + r`: alone with that seed it is what it is in a batch. The
+    model is in eval mode meanwhile and gets its mode back at the end.
+
+    A prompt must be shorter than the context (ValueError). When a row fills the context, the oldest half of its window
+    is dropped, its first token kept, and the rest is read again.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    context = _check(model, rows, max_tokens)
+    device = model.lm_head.weight.device
+    vocabulary = torch.arange(model.lm_head.weight.shape[0], device=device)
+    banned = vocabulary >= n_tokens_valid
+    banned[sorted(banned_ids)] = True
+    uniforms = _uniforms(seed, len(rows), max_tokens).to(device)
+    seen = torch.stack([torch.isin(vocabulary, torch.tensor(row, device=device)) for row in rows])
+    finished = [False] * len(rows)
+    cache = model.new_cache(len(rows), min(context, max(map(len, rows)) + max_tokens))
+
+    with _eval_mode(model):
+        logits = _prefill(model, cache, rows)
+        for step in range(max_tokens):
+            allowed = logits.masked_fill(banned, -math.inf)
+            if sampling.repetition_penalty != 1:
+                allowed = sampling.penalize(allowed, seen)
+            chosen = sampling.draw(allowed, uniforms[:, step, None])
+            seen.scatter_(1, chosen, True)
+            ids = chosen[:, 0].tolist()
+            logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+            yield Column(
+                [None if done else token for token, done in zip(ids, finished, strict=True)],
+                [None if done else logprob for logprob, done in zip(logprobs, finished, strict=True)],
+            )
+            finished = [done or token in stop_ids for token, done in zip(ids, finished, strict=True)]
+            if all(finished):
+                return
+            if step + 1 < max_tokens:
+                logits = _extend(model, cache, rows, ids, chosen, context)
+
+
+def _check(model: GPT, rows: Sequence[Sequence[int]], max_tokens: int) -> int:
+    """The model's context in tokens; ValueError if there is nothing to do or a prompt does not fit."""
+    context = model.config.max_seq_len
+    assert context is not None, "a model that exists has a context length"
+    if not rows or not all(rows):
+        raise ValueError("generate needs at least one prompt, and at least the start token in each")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be 1 or more")
+    longest = max(map(len, rows))
+    if longest >= context:
+        raise ValueError(
+            f"the prompt has {longest} tokens (start token included) and the model's context is {context}: no room for "
+            f"a new one; shorten the prompt to {context - 1} tokens or use a model with a larger max_seq_len"
+        )
+    return context
+
+
+def _uniforms(seed: int, n_rows: int, n_steps: int) -> Tensor:
+    """(B, steps) in [0, 1): each row from its own generator, on the CPU so that every device gets the same numbers."""
+    generators = [torch.Generator().manual_seed(key(seed + row, 0, "sample")) for row in range(n_rows)]
+    return torch.stack([torch.rand(n_steps, generator=generator) for generator in generators])
+
+
+def _prefill(model: GPT, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Read every row from its beginning into `cache`; logits (B, V) fp32 after each row's last token."""
+    lengths = torch.tensor([len(row) for row in rows], device=cache.lengths.device)
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    cache.rewind(torch.zeros_like(lengths))
+    features = model.features(tokens.to(lengths.device), cache=cache)  # (B, T, C)
+    cache.rewind(lengths)  # what the padding wrote is forgotten
+    last = features[torch.arange(len(rows), device=lengths.device), lengths - 1]
+    return model.lm_head(last).float()
+
+
+def _extend(model: GPT, cache: KVCache, rows: list[list[int]], ids: list[int], chosen: Tensor, context: int) -> Tensor:
+    """Append `ids` to the rows, and read them; logits (B, V) fp32. A row that no longer fits loses its oldest half."""
+    for row, token in zip(rows, ids, strict=True):
+        row.append(token)
+    if max(map(len, rows)) <= context:
+        return model(chosen, cache=cache)[:, -1].float()
+    for row in rows:
+        if len(row) > context:
+            del row[1 : len(row) - context // 2]
+    return _prefill(model, cache, rows)
+
+
+@contextmanager
+def _eval_mode(model: GPT) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token of one row and the text that may be shown because of it: possibly none yet, never half a character."""
+
+    row: int
+    id: int
+    logprob: float
+    text: str
+    finish_reason: FinishReason | None  # set on a row's last event
+
+
+class StopText:
+    """Cuts a stream of text at the first of the stop strings, wherever the pieces are cut."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise ValueError("a stop string is empty; leave it out or give it at least one character")
+        self.stops = tuple(stops)
+        self.held = ""  # not shown yet: it may be the beginning of a stop string
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that is now certain, and whether a stop string was completed: then it is all there will be."""
+        text = self.held + text
+        found = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        if found:
+            return text[: min(found)[1]], True
+        longest = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        certain = len(text) - longest
+        self.held = text[certain:]
+        return text[:certain], False
+
+
+class _RowText:
+    """The text of one row, and why it ended."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.stream = tokenizer.stream()
+        self.stop = StopText(stops)
+        self.done = False
+
+    def push(self, token: int, end: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """Add a token; `end` says that it is the row's last one, and why."""
+        piece = "" if end == "eos" else self.stream.push(token) or ""
+        if end is not None:
+            piece += self.stream.flush().rstrip("\ufffd")  # a character that was never finished is not shown
+        text, stopped = self.stop.push(piece)
+        if end is not None and not stopped:
+            text += self.stop.held
+        reason: FinishReason | None = "stop" if stopped else end
+        self.done = reason is not None
+        return text, reason
+
+
+def complete(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    sampling: Sampling,
+    max_tokens: int,
+    *,
+    seed: int,
+    stop: Sequence[str] = (),
+    stop_ids: Collection[int] | None = None,
+) -> Iterator[Event]:
+    """Continue prompts, given as text or as ids with the start token, as a stream of events: one per token and row.
+
+    A row ends at a stop string ("stop": neither it nor what follows is shown), at one of `stop_ids` ("eos"; by default
+    the tokenizer's end token) or after `max_tokens` ("length"). Other control tokens are never drawn. See `generate`.
+    """
+    ends = {tokenizer.end_id} if stop_ids is None else set(stop_ids)
+    rows = [_RowText(tokenizer, stop) for _ in prompts]
+    columns = generate(
+        model,
+        [[tokenizer.start_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts],
+        sampling,
+        max_tokens,
+        seed=seed,
+        n_tokens_valid=tokenizer.size,
+        stop_ids=ends,
+        banned_ids=set(tokenizer.control_ids) - ends,
+    )
+    with closing(columns):  # gives the model its mode back even if the reader leaves early
+        for step, column in enumerate(columns, start=1):
+            for row, (token, logprob) in enumerate(zip(column.ids, column.logprobs, strict=True)):
+                if token is None or logprob is None or rows[row].done:
+                    continue
+                end: FinishReason | None = "eos" if token in ends else "length" if step == max_tokens else None
+                yield Event(row, token, logprob, *rows[row].push(token, end))
+            if all(row.done for row in rows):
+                return

@@ -1,0 +1,139 @@
+"""Optimizers: which rule updates which parameter - AdamW for all, or Muon for the blocks' matrices and AdamW for the rest."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from gpt.config import Settings
+
+
+class OptimConfig(Settings):
+    """How parameters move."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the blocks' matrices, AdamW for all else"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (of Muon's matrices with kind muon)")
+    adamw_lr: float | None = Field(
+        None, gt=0, description="with muon: peak learning rate of AdamW's share; null: 0.003"
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled decay of the blocks' matrices and the untied head, times lr"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averages")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "adamw" and self.adamw_lr is not None:
+            raise ValueError(f"adamw_lr ({self.adamw_lr}) is for kind 'muon'; with kind 'adamw' set lr alone")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """Nearly the nearest semi-orthogonal matrices to g (N, rows, cols): five Newton-Schulz steps in bf16 (Jordan 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalized (Jordan et al. 2024); equal shapes are stacked: many small products become few.
+
+    The step is lr * max(1, rows / cols)^0.5 as in torch.optim.Muon's "original", decay is decoupled.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+            for (rows, cols), parameters in shapes.items():
+                updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                step_size = group["lr"] * max(1, rows / cols) ** 0.5
+                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype)), alpha=-step_size)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(buffer, momentum)
+
+
+class Optimizer:
+    """The optimizers of one model behind the few calls a trainer needs; state is keyed by parameter name."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.parts = list(_build(self.names, config))
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def step(self, factor: float) -> None:
+        """Update every parameter from its gradient at `factor` times the peak learning rates; drop the gradients."""
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.step()
+            part.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every state tensor as "parameter name:state name"; shared, not copied."""
+        return {
+            f"{self.names[parameter]}:{name}": value
+            for part in self.parts
+            for parameter, values in part.state.items()
+            for name, value in values.items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned; shapes and names must be this model's."""
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        owners = {
+            parameter: part for part in self.parts for group in part.param_groups for parameter in group["params"]
+        }
+        for key, value in tensors.items():
+            name, _, kind = key.rpartition(":")
+            if name not in parameters:
+                raise ValueError(f"optimizer state '{key}' belongs to no parameter of this model")
+            parameter = parameters[name]
+            if value.dim() and value.shape != parameter.shape:
+                raise ValueError(
+                    f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                )
+            # AdamW keeps its step count on the CPU or, fused, on the parameter's device; both take a copy there.
+            owners[parameter].state[parameter][kind] = value.to(parameter.device).clone()
+
+
+def _build(names: Mapping[Tensor, str], config: OptimConfig) -> Iterator[torch.optim.Optimizer]:
+    """Matrices of the blocks (and an untied head) decay; norms, biases and embeddings do not."""
+    blocks = [p for p, name in names.items() if p.dim() == 2 and ".layers." in name]
+    head = [p for p, name in names.items() if name == "lm_head.weight"]
+    rest = [p for p, name in names.items() if not (p.dim() == 2 and ".layers." in name) and name != "lm_head.weight"]
+    adamw_lr = config.lr if config.kind == "adamw" else config.adamw_lr or 3e-3
+    decaying = head if config.kind == "muon" else blocks + head
+    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0}]
+    if decaying:
+        groups.append({"params": decaying, "weight_decay": config.weight_decay})
+    yield torch.optim.AdamW(groups, lr=adamw_lr, betas=config.betas, fused=True)
+    if config.kind == "muon":
+        yield Muon(blocks, config.lr, config.momentum, config.weight_decay)

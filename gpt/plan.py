@@ -1,0 +1,198 @@
+"""What a run settles before step 1: every choice left to `auto`, in one frozen record, and what the run costs.
+
+The record is written to config.yaml before the first update and obeyed on resume, so a resumed run repeats it.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from gpt import runtime
+from gpt.config import Count, Duration, Settings
+from gpt.model import GPT, ModelConfig
+
+COMPILE_PAYS_AFTER_S = (
+    150.0  # compiling costs 15-30 s on two cores and saves 10-25 % of each step (docs/experiments.md)
+)
+CPU_MICRO_BATCH_TOKENS = 4096  # larger micro-batches leave the CPU's caches and gain nothing
+
+# Dense bf16 peaks of the data sheets, FLOP/s.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+}
+
+
+class TrainingConfig(Settings):
+    """How long and in what portions; exactly one of steps, tokens and time."""
+
+    steps: Count | None = Field(None, ge=1, description="updates")
+    tokens: Count | None = Field(None, ge=1, description="training tokens, rounded up to whole steps")
+    time: Duration | None = Field(
+        None, gt=0, description="seconds from start to end, evaluations and saves included; fits the steps"
+    )
+    batch_tokens: Count = Field(16384, ge=1, description="tokens of one update, a multiple of data.seq_len")
+    micro_batch: Literal["auto"] | int = Field(
+        "auto", description="rows of one forward pass, a divisor of the batch's rows"
+    )
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of matrix products; weights stay fp32"
+    )
+    compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: where it repays its own time")
+    threads: Literal["auto"] | int = Field("auto", description="CPU threads; auto: every core")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better val_bpb")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        budgets = {name: value for name in ("steps", "tokens", "time") if (value := getattr(self, name)) is not None}
+        if len(budgets) != 1:
+            got = ", ".join(f"{name} ({value})" for name, value in budgets.items()) or "none"
+            raise ValueError(f"set exactly one of steps, tokens and time (got {got})")
+        for name in ("micro_batch", "threads"):
+            if isinstance(value := getattr(self, name), int) and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        return self
+
+
+class Choices(Settings):
+    """What settled itself: everything that changes bits, and the facts it was settled on."""
+
+    device: str = Field(description="where the run computes")
+    dtype: str = Field(description="dtype of matrix products")
+    compile: bool = Field(description="whether the training step is compiled")
+    micro_batch: int = Field(description="rows of one forward pass")
+    threads: int = Field(description="CPU threads")
+    steps: int = Field(description="updates of the whole run")
+    data: str = Field(description="fingerprint of the data set")
+    torch: str = Field(description="version of torch")
+    cpu: str = Field(description="kind of CPU")
+
+
+Measure = Callable[
+    [int, bool], float
+]  # seconds of one update, by (micro_batch, compiled); leaves weights as it found them
+
+
+def machine(config: TrainingConfig) -> tuple[str, str, int, str]:
+    """(device, dtype, threads, one line that says why)."""
+    best, name = runtime.best_device()
+    device = best if config.device == "auto" else config.device
+    runtime.check_device(device)
+    dtype, why = runtime.best_dtype(device) if config.dtype == "auto" else (config.dtype, "as set")
+    threads = runtime.n_cores() if config.threads == "auto" else config.threads
+    return (
+        device,
+        dtype,
+        threads,
+        f"{device} ({name if device == best else 'as set'}), {dtype} ({why}), {threads} threads",
+    )
+
+
+def micro_batch(config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len: int, device: str) -> int:
+    """Rows of one forward pass: as set, or the largest divisor of `n_rows` whose activations fit."""
+    if config.micro_batch != "auto":
+        if n_rows % config.micro_batch:
+            raise ValueError(f"train.micro_batch ({config.micro_batch}) must divide the batch's {n_rows} rows")
+        return config.micro_batch
+    # About 34 d bytes a layer and token in bf16 for a 4 d MLP (Korthikanti et al. 2022), twice that for fp32 copies;
+    # the head works in chunks.
+    bytes_per_token = 68 * model.d_model * model.n_layer
+    tokens = runtime.free_memory_bytes(device) // 2 // bytes_per_token
+    tokens = min(tokens, CPU_MICRO_BATCH_TOKENS) if device == "cpu" else tokens
+    return max((rows for rows in range(1, n_rows + 1) if n_rows % rows == 0 and rows * seq_len <= tokens), default=1)
+
+
+def choose(
+    config: TrainingConfig,
+    *,
+    rows: int,
+    device: str,
+    dtype: str,
+    threads: int,
+    data: str,
+    extra: Callable[[float], float],
+    elapsed: Callable[[], float],
+    measure: Measure,
+    note: Callable[[str], None],
+) -> Choices:
+    """Settle micro-batch, compilation and steps, measuring an update only where a choice depends on it.
+
+    `extra(seconds per update)` are the seconds a step costs on average beside its update; `elapsed()` is what a
+    time budget has lost already.
+    """
+    timed = config.time is not None
+    compiled = config.compile if isinstance(config.compile, bool) else device.startswith("cuda")
+    seconds = 0.0
+    if not compiled and (timed or config.compile == "auto"):
+        rows, seconds = _fitting(measure, rows, False, note)
+    if config.compile == "auto" and device == "cpu":
+        expected = config.time or seconds * (config.steps or -(-(config.tokens or 0) // config.batch_tokens))
+        missing = runtime.compiler_missing()
+        compiled = expected > COMPILE_PAYS_AFTER_S and missing is None
+        why = missing or f"about {expected:.0f} s of training {'repay' if compiled else 'do not repay'} compiling"
+        note(f"compile: {'yes' if compiled else 'no'} ({why})")
+    if compiled:
+        try:
+            rows, seconds = _fitting(measure, rows, True, note)
+        except (RuntimeError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            note(f"compile: no, running eagerly (it failed: {reason})")
+            compiled = False
+            rows, seconds = _fitting(measure, rows, False, note)
+    steps = config.steps or -(-(config.tokens or 0) // config.batch_tokens)
+    if config.time is not None:
+        left = config.time - elapsed()
+        steps = max(1, int(left / (seconds + extra(seconds))))
+        note(f"budget: {config.time:.0f} s are {steps} steps at {1000 * seconds:.0f} ms")
+    return Choices(
+        device=device,
+        dtype=dtype,
+        compile=compiled,
+        micro_batch=rows,
+        threads=threads,
+        steps=steps,
+        data=data,
+        **runtime.describe(),
+    )
+
+
+def _fitting(measure: Measure, rows: int, compiled: bool, note: Callable[[str], None]) -> tuple[int, float]:
+    """Halve the micro-batch until one update fits in memory; (rows, seconds of an update)."""
+    while True:
+        try:
+            return rows, measure(rows, compiled)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows = max(divisor for divisor in range(1, rows // 2 + 1) if rows % divisor == 0)
+            note(f"micro_batch: out of memory, trying {rows} rows")
+
+
+def n_parameters(model: GPT) -> int:
+    """Parameters, a tied matrix counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(model: GPT, seq_len: int) -> float:
+    """Training FLOPs of a token: 6 a matrix parameter, 12 L H D T for attention (PaLM, appendix B; no causal discount)."""
+    c = model.config
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
+    head = model.lm_head.weight.numel() if c.tie_embeddings else 0
+    return 6 * (matrices + head) + 12 * c.n_layer * c.n_head * c.d_head * seq_len
+
+
+def peak_flops(device: str) -> float | None:
+    """The data sheet's bf16 peak of this GPU, None where we know none."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)

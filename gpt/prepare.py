@@ -1,0 +1,699 @@
+"""Any text to a data set: one pass over the corpus, a tokenizer, then shards, in parallel and resumable.
+
+The bytes of a data set depend on the text, the tokenizer and the settings alone. The pass fixes everything that looks at
+the whole corpus (split, sample, chunks); after it each chunk of the input is encoded on its own, by any process, in any
+order, into one shard a split. Finished chunks stand in a working directory beside the output until all are there.
+"""
+
+import hashlib
+import heapq
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BeforeValidator, Field, model_validator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from gpt import config, corpus, durable, signals
+from gpt import tokenizer as tokenizers
+from gpt.config import Count, Settings
+from gpt.corpus import BadRecord, File, Source
+from gpt.shards import Document, ShardEntry, TokenSet, token_dtype, write_manifest, write_shard
+from gpt.tokenizer import Kind, Tokenizer
+
+VERSION = 1  # of what the settings mean for the bytes; raise it when that changes
+CHUNK_BYTES = 64 << 20
+BATCH_BYTES = 4 << 20  # text that is encoded at a time
+SAMPLE_CHARACTERS = 1 << 16  # a longer document is drawn in pieces of this length
+TAIL_DOCUMENTS = 20  # split: auto takes whole documents from so many on
+BUCKETS = 1 << 16  # of document hashes, whose sizes are counted to cut the split at a fraction of the bytes
+SPLITS = ("train", "val")
+
+
+def _as_sources(value: object) -> object:
+    """One input or a list of them; a bare string is a path, or a URL with an optional #sha256=..."""
+    if not isinstance(value, (list, tuple)):
+        value = (value,)
+    return tuple(_as_source(each) for each in value)
+
+
+def _as_source(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("http://", "https://")):
+        url, _, sha256 = value.partition("#sha256=")
+        return {"url": url, "sha256": sha256 or None}
+    return {"path": value}
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+
+class PrepareConfig(Settings):
+    """A recipe: what to read, how to split it, which tokenizer."""
+
+    input: Sources = Field(description="what to read: paths, globs, '-', URLs, or sections with path, url or python")
+    validation: Sources | None = Field(None, description="inputs that are the validation split; null: it is cut from `input`")
+    split: Literal["auto", "hash", "tail"] = Field(
+        "auto", description="hash: whole documents by a hash of their content; tail: the end of each; auto: tail below 20 documents"
+    )
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="part of the bytes that is held out for validation")
+    val_tokens: Count = Field(10_000_000, ge=1, description="most tokens held out (as the tokenizer's sample predicts them)")
+    kind: Kind = Field("bpe", description="vocabulary of byte pairs, of single characters or of words")
+    vocab_size: Count | None = Field(
+        None, ge=1, description="entries, control tokens included; null: the square root of the corpus's bytes, rounded to a "
+        "power of two, from 512 to 65536 (characters: all)"
+    )  # fmt: skip
+    tokenizer: str | None = Field(None, description="a tokenizer.json, or a data set, checkpoint or run whose tokenizer to use")
+    sample_bytes: Count = Field(100_000_000, ge=1, description="bytes of training text that the tokenizer learns from")
+    seed: int = Field(1337, description="which text is drawn for that sample")
+    on_bad_record: Literal["error", "skip"] = Field("error", description="what to do with text that is not UTF-8 or broken JSON")
+    workers: int | None = Field(None, ge=1, description="processes; null: one a core")
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Self:
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError("vocab_size is the tokenizer's own when tokenizer names one; leave one of them out")
+        if not self.input:
+            raise ValueError("input names nothing to read")
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str]) -> PrepareConfig:
+    """Read a recipe; ConfigError or FileNotFoundError in words."""
+    return config.load(PrepareConfig, path, overrides)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file of the corpus, the number of its source, and the split that its whole text belongs to, if one is given."""
+
+    file: File
+    source: int
+    given: str | None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Documents of one input: bytes start .. end - 1 of its text."""
+
+    item: Input
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of the corpus that becomes one shard a split; `digest` is over its documents' hashes."""
+
+    ranges: tuple[Range, ...]
+    n_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which text is held out. A pure function of the document, so that equal documents fall on the same side."""
+
+    mode: Literal["hash", "tail", "given"]
+    fraction: float  # tail: of each document's characters
+    threshold: int  # hash: documents whose value is below are held out
+
+    def parts(self, item: Input, document: corpus.Document, digest: bytes) -> Iterator[tuple[str, str, int]]:
+        """(split, text, UTF-8 bytes) of each part of a document that has any."""
+        text, n_bytes = document.text, len(document.utf8)
+        if self.mode == "tail":
+            cut = self.cut(len(text))
+            tail = len(text[cut:].encode())
+            if cut:
+                yield "train", text[:cut], n_bytes - tail
+            if tail:
+                yield "val", text[cut:], tail
+        elif self.mode == "given":
+            yield item.given or "train", text, n_bytes
+        else:
+            yield "val" if _value(digest) < self.threshold else "train", text, n_bytes
+
+    def cut(self, n_characters: int) -> int:
+        """Where the held-out tail of a document begins."""
+        return int(n_characters * (1 - self.fraction))
+
+
+def _value(digest: bytes) -> int:
+    """A document's place in the hash split: 64 bits of the sha256 of its content."""
+    return int.from_bytes(digest[:8], "big")
+
+
+class Sample:
+    """Text for the tokenizer: all of it, or the pieces with the lowest seeded hashes that fit. Any reading order gives the same."""
+
+    def __init__(self, n_bytes: int, seed: int) -> None:
+        self._room, self._key = n_bytes, seed.to_bytes(8, "little", signed=True)
+        self._heap: list[tuple[int, int, bytes, int, int, str]] = []  # lowest first: the negated hash of the next to go
+
+    def add(self, document: corpus.Document, digest: bytes, order: int) -> None:
+        n = len(document.text)
+        for start in range(0, n, SAMPLE_CHARACTERS):
+            drawn = hashlib.blake2b(digest + start.to_bytes(8, "little"), key=self._key, digest_size=8).digest()
+            text = document.text[start : start + SAMPLE_CHARACTERS]
+            heapq.heappush(self._heap, (-int.from_bytes(drawn, "big"), -order, digest, start, n, text))
+            self._room -= len(document.utf8) if n == len(text) else len(text.encode())
+            while self._room < 0 and len(self._heap) > 1:
+                self._room += len(heapq.heappop(self._heap)[-1].encode())
+
+    def texts(self, split: Split) -> list[str]:
+        """The training part of what was drawn: a tokenizer that has seen the validation text would flatter the model."""
+        if split.mode == "hash":
+            return [text for *_, digest, _, _, text in self._heap if _value(digest) >= split.threshold]
+        if split.mode == "tail":
+            return [text[: max(0, split.cut(n) - start)] for *_, start, n, text in self._heap]
+        return [text for *_, text in self._heap]
+
+
+@dataclass
+class Scan:
+    """What the pass over the corpus found."""
+
+    sample: Sample
+    chunks: list[Chunk] = field(default_factory=list)
+    n_documents: int = 0
+    n_bytes: int = 0
+    skipped: list[str] = field(default_factory=list)
+    bucket_bytes: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, dtype=np.int64))
+    lowest: int = 1 << 64
+    highest: int = -1
+    content: str = ""  # sha256 over every document's hash and source, in order
+
+
+def scan(inputs: Sequence[Input], settings: PrepareConfig, meter: "Meter") -> Scan:
+    """Read the corpus once: check it, count it, hash it, draw the sample, cut it into chunks."""
+    found = Scan(Sample(settings.sample_bytes, settings.seed))
+    content, chunk, ranges, n_bytes = hashlib.sha256(), hashlib.sha256(), [], 0
+
+    def close() -> None:
+        nonlocal chunk, ranges, n_bytes
+        found.chunks.append(Chunk(tuple(ranges), n_bytes, chunk.hexdigest()))
+        chunk, ranges, n_bytes = hashlib.sha256(), [], 0
+
+    skip = (lambda error: found.skipped.append(str(error))) if settings.on_bad_record == "skip" else None
+    for item in inputs:
+        for document in corpus.documents(item.file, skip=skip):
+            digest = hashlib.sha256(document.utf8).digest()
+            content.update(digest + item.source.to_bytes(4, "little"))
+            chunk.update(digest)
+            _count(found, item, document, digest)
+            if ranges and ranges[-1].item is item:
+                ranges[-1] = Range(item, ranges[-1].start, document.end)
+            else:
+                ranges.append(Range(item, document.start, document.end))
+            n_bytes += len(document.utf8)
+            meter.advance(len(document.utf8))
+            if n_bytes >= CHUNK_BYTES:
+                close()
+    if ranges:
+        close()
+    found.content = content.hexdigest()
+    return found
+
+
+def _count(found: Scan, item: Input, document: corpus.Document, digest: bytes) -> None:
+    n_bytes, value = len(document.utf8), _value(digest)
+    found.n_documents += 1
+    found.n_bytes += n_bytes
+    if item.given == "val":
+        return
+    found.sample.add(document, digest, found.n_documents)
+    found.bucket_bytes[value * BUCKETS >> 64] += n_bytes
+    found.lowest, found.highest = min(found.lowest, value), max(found.highest, value)
+
+
+def choose_split(settings: PrepareConfig, found: Scan, bytes_per_token: float | None = None) -> Split:
+    """Where the held-out text lies. At most val_tokens of it, once `bytes_per_token` is known."""
+    if settings.validation is not None:
+        return Split("given", 0.0, 0)
+    fraction = settings.val_fraction
+    if bytes_per_token is not None:
+        fraction = min(fraction, settings.val_tokens * bytes_per_token / found.n_bytes)
+    if settings.split == "tail" or (settings.split == "auto" and found.n_documents < TAIL_DOCUMENTS):
+        return Split("tail", fraction, 0)
+    sums = np.cumsum(found.bucket_bytes)
+    bucket = int(np.searchsorted(sums, fraction * found.n_bytes, side="right"))
+    threshold = bucket * (1 << 64) // BUCKETS
+    return Split("hash", fraction, max(threshold, found.lowest + 1))  # at least the document with the lowest hash
+
+
+class Meter:
+    """Progress of one phase: a bar with MB/s and time left on a terminal, a line now and then elsewhere."""
+
+    LINE_S = 10.0
+
+    def __init__(self, console: Console, what: str, n_bytes: int) -> None:
+        self._console, self._what, self._total, self._done = console, what, n_bytes, 0
+        self._begun = self._last = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(what, total=n_bytes)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, n_bytes: int) -> None:
+        """Count bytes done; raises signals.Stopped if a stop was requested."""
+        signals.check()
+        self._done += n_bytes
+        self._bar.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last >= self.LINE_S:
+            self._last, speed = now, self._done / (now - self._begun)
+            left = time.strftime("%H:%M:%S", time.gmtime(max(0, self._total - self._done) / speed))
+            done = f"{self._done / 1e6:.0f}/{max(self._total, self._done) / 1e6:.0f} MB"
+            self._console.print(f"{self._what}  {done}  {speed / 1e6:.1f} MB/s  eta {left}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that encoding one chunk needs; what a worker process is sent."""
+
+    number: int
+    chunk: Chunk
+    split: Split
+    skip_bad: bool
+    work: Path
+
+    @property
+    def record(self) -> Path:
+        return self.work / f"chunk-{self.number:05d}.json"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory that shards are written into one by one, each atomically."""
+
+    path: Path
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> str:
+        return durable.write_file(self.path / name, chunks)
+
+
+def encode_chunk(task: Task, encode: Callable[[Sequence[str]], list[list[int]]], tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
+    """Write the shards of a chunk and, when they stand, its record. ValueError if the text is not what was scanned."""
+    digest, splits = hashlib.sha256(), {name: list[Document]() for name in SPLITS}
+    dtype = token_dtype(tokenizer.size)
+    batch: list[tuple[str, str, int, int]] = []  # split, text, bytes, source
+
+    def flush() -> None:
+        for (split, _, n_bytes, source), ids in zip(batch, encode([text for _, text, _, _ in batch]), strict=True):
+            splits[split].append(Document(np.array([tokenizer.start_id, *ids], dtype), n_bytes, source))
+        advance(sum(n_bytes for _, _, n_bytes, _ in batch))
+        batch.clear()
+
+    waiting = 0
+    for part in task.chunk.ranges:
+        for document in corpus.documents(part.item.file, part.start, part.end, (lambda _: None) if task.skip_bad else None):
+            sha256 = hashlib.sha256(document.utf8).digest()
+            digest.update(sha256)
+            batch += [(*parts, part.item.source) for parts in task.split.parts(part.item, document, sha256)]
+            waiting += len(document.utf8)
+            if waiting >= BATCH_BYTES:
+                flush()
+                waiting = 0
+    flush()
+    if digest.hexdigest() != task.chunk.digest:
+        raise ValueError("the input changed while it was prepared; run the same command again")
+    names = {"vocab_size": tokenizer.size, "tokenizer_sha256": tokenizer.sha256}
+    entries = {
+        split: asdict(write_shard(Folder(task.work / "set"), f"{split}-{task.number:05d}.tok", documents, **names))
+        for split, documents in splits.items()
+        if documents
+    }
+    durable.write_file(task.record, json.dumps(entries).encode())
+
+
+_stop: Any = None  # in a worker process: the parent's stop event and its count of bytes done
+_done: Any = None
+
+
+def _begin_worker(stop: Any, done: Any) -> None:
+    """A worker leaves stopping to its parent, and does not outlive it."""
+    global _stop, _done
+    _stop, _done = stop, done
+    signals.ignore()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(task: Task) -> None:
+    def advance(n_bytes: int) -> None:
+        if _stop.is_set():
+            raise signals.Stopped("stopped by the parent process")
+        with _done.get_lock():
+            _done.value += n_bytes
+
+    tokenizer = Tokenizer.load(task.work / "set")
+    encode_chunk(task, tokenizer.encode_each, tokenizer, advance)
+
+
+def _encode_all(tasks: Sequence[Task], tokenizer: Tokenizer, workers: int, meter: Meter) -> None:
+    """Encode what is left to do: the chunks divided among processes, or the text of a single one among threads."""
+    left = [task for task in tasks if not task.record.exists()]
+    meter.advance(sum(task.chunk.n_bytes for task in tasks) - sum(task.chunk.n_bytes for task in left))
+    if workers > 1 and len(left) > 1:
+        _encode_in_processes(left, workers, meter)
+        return
+    for task in left:
+        encode_chunk(task, tokenizer.encode_batch if workers > 1 else tokenizer.encode_each, tokenizer, meter.advance)
+
+
+def _encode_in_processes(tasks: Sequence[Task], workers: int, meter: Meter) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, not the threads
+    stop, done, seen = context.Event(), context.Value("q", 0), 0
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin_worker, (stop, done))
+    try:
+        # Children inherit the mask, so that no stop request ends one while it still imports.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
+        try:
+            running: set[Future[None]] = {pool.submit(_work, task) for task in tasks}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
+        while running:
+            finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+            meter.advance(done.value - seen)
+            seen = done.value
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a prepared data set holds. `scripts`: (script, tokens, bytes), most bytes first."""
+
+    path: Path
+    documents: dict[str, int]
+    bytes: dict[str, int]
+    tokens: dict[str, int]
+    vocab_size: int
+    vocab_used: int
+    unknown_tokens: int
+    unknown_bytes: int
+    scripts: list[tuple[str, int, int]]
+    sources: list[tuple[str, int, int, int]]  # name, documents, bytes, tokens
+    example: list[str]
+    skipped: list[str]
+
+
+def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: bool = False) -> Report | None:
+    """Make the data set `out`, or leave one alone that is up to date (None).
+
+    Raises ValueError, FileNotFoundError and OSError in words, and signals.Stopped; what is finished by then is kept and
+    used by the next call. An existing other data set is an error unless `overwrite`, and stands until the new one is whole.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.preparing")
+    work.mkdir(exist_ok=True)
+    with durable.Lock(work / "lock", str(out)):
+        durable.sweep(work)
+        inputs, names = _inputs(settings, out, work, console)
+        imported = Tokenizer.load(Path(settings.tokenizer)) if settings.tokenizer is not None else None
+        with Meter(console, "reading", sum(item.file.size for item in inputs)) as meter:
+            found = scan(inputs, settings, meter)
+        _check_scan(settings, found)
+        identity = _identity(settings, found, names, imported)
+        if out.exists() and _is_up_to_date(out, identity, overwrite):
+            console.print(f"{out} is up to date: the same text and settings", highlight=False)
+            durable.remove_directory(work)
+            return None
+        finished = work / "set"
+        if _resume(work, identity):
+            console.print(f"continuing in {work}", highlight=False)
+        tokenizer, split = _tokenizer_and_split(settings, found, imported, finished, console)
+        workers = settings.workers or _n_cores()
+        tasks = [Task(i, c, split, settings.on_bad_record == "skip", work) for i, c in enumerate(found.chunks)]
+        durable.check_space(work, 2 * found.n_bytes // 3)
+        with Meter(console, "encoding", found.n_bytes) as meter:
+            _encode_all(tasks, tokenizer, workers, meter)
+        _write_manifest(finished, tasks, tokenizer, names, identity)
+        _publish(finished, out)
+        durable.remove_directory(work)
+    report = _report(out, found.skipped)
+    show(report, console)
+    return report
+
+
+def _inputs(settings: PrepareConfig, out: Path, work: Path, console: Console) -> tuple[list[Input], list[str]]:
+    """Every file of the recipe in order, and the names of its sources."""
+    names: list[str] = []
+    inputs = []
+    for given, sources in ((None if settings.validation is None else "train", settings.input), ("val", settings.validation or ())):
+        for source in sources:
+            if source.label not in names:
+                names.append(source.label)
+            files = corpus.files(source, out.parent / "downloads", work / f"stdin-{len(inputs)}", console.print)
+            inputs += [Input(file, names.index(source.label), given) for file in files]
+    return inputs, names
+
+
+def _check_scan(settings: PrepareConfig, found: Scan) -> None:
+    """ValueError unless there is text on both sides of the split."""
+    skipped = f" ({len(found.skipped)} bad records were skipped, the first: {found.skipped[0]})" if found.skipped else ""
+    if not found.n_documents or found.highest < 0:
+        raise ValueError(f"the corpus is empty: the input has no text{skipped}")
+    if settings.validation is not None:
+        if not any(part.item.given == "val" for chunk in found.chunks for part in chunk.ranges):
+            raise ValueError("the validation split has no document: the validation inputs have no text")
+    elif choose_split(settings, found).mode == "hash" and found.lowest == found.highest:
+        raise ValueError("split by hash leaves a split without a document: all documents are the same; set split=tail")
+
+
+def _identity(settings: PrepareConfig, found: Scan, names: list[str], imported: Tokenizer | None) -> dict[str, Any]:
+    """What determines the data set's bytes: no path, no place, no worker count."""
+    plain = settings.model_dump(exclude={"input", "validation", "tokenizer", "on_bad_record", "workers"})
+    return {
+        **plain,
+        "version": VERSION,
+        "sources": names,
+        "content": found.content,
+        "chunks": [chunk.digest for chunk in found.chunks],
+        "validation_given": settings.validation is not None,
+        "tokenizer": None if imported is None else imported.sha256,
+    }
+
+
+def _is_up_to_date(out: Path, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `out` is this data set; ValueError for another one unless it may be replaced."""
+    try:
+        same = [TokenSet(out, split) for split in SPLITS] and _settings_of(out) == identity
+    except (ValueError, OSError) as error:
+        if not overwrite:
+            raise ValueError(f"{out} exists and is not a whole data set ({error}); add --overwrite to replace it") from None
+        return False
+    if not same and not overwrite:
+        raise ValueError(f"{out} was made from other text or settings; add --overwrite to replace it, or choose another --out")
+    return same
+
+
+def _settings_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "manifest.json").read_bytes())["settings"]
+
+
+def _resume(work: Path, identity: dict[str, Any]) -> bool:
+    """Make the working directory ready for this data set; whether finished parts of it were found there."""
+    plan, text = work / "plan.json", json.dumps(identity, sort_keys=True).encode()
+    finished = work / "set"
+    if plan.exists() and plan.read_bytes() == text and finished.is_dir():
+        durable.sweep(finished)
+        return True
+    if plan.exists():
+        plan.unlink()
+    for record in work.glob("chunk-*.json"):
+        record.unlink()
+    if finished.exists():
+        durable.remove_directory(finished)
+    finished.mkdir()
+    durable.write_file(plan, text)
+    return False
+
+
+def _tokenizer_and_split(
+    settings: PrepareConfig, found: Scan, imported: Tokenizer | None, finished: Path, console: Console
+) -> tuple[Tokenizer, Split]:
+    """The tokenizer, stored in the data set, and the split, whose size in tokens it tells."""
+    split = choose_split(settings, found)
+    texts = found.sample.texts(split)
+    if imported is not None:
+        tokenizer = imported
+    elif (finished / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(finished)
+    else:
+        n_bytes = sum(len(text.encode()) for text in texts)
+        console.print(f"training the tokenizer on {n_bytes / 1e6:.1f} MB", highlight=False)
+        tokenizer = tokenizers.train(texts, settings.kind, settings.vocab_size, corpus_bytes=found.n_bytes)
+    for name, data in reversed(tokenizer.files().items()):
+        durable.write_file(finished / name, data)
+    signals.check()
+    if settings.val_fraction * found.n_bytes <= settings.val_tokens:  # a token has at least a byte
+        return tokenizer, split
+    measured = texts[: max(1, 16)]
+    n_tokens = sum(map(len, tokenizer.encode_each(measured)))
+    return tokenizer, choose_split(settings, found, sum(len(text.encode()) for text in measured) / max(1, n_tokens))
+
+
+def _write_manifest(finished: Path, tasks: Sequence[Task], tokenizer: Tokenizer, names: list[str], identity: dict[str, Any]) -> None:
+    splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+    for task in tasks:
+        for split, entry in json.loads(task.record.read_bytes()).items():
+            splits[split].append(ShardEntry(**entry))
+    for split, entries in splits.items():
+        if not entries:
+            raise ValueError(f"split {split} has no document; change val_fraction or split, or add text")
+    write_manifest(
+        Folder(finished),
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.size,
+        start_id=tokenizer.start_id,
+        splits=splits,
+        sources=names,
+        settings=identity,
+    )
+
+
+def _publish(finished: Path, out: Path) -> None:
+    """Let the whole data set appear at `out`; an old one there goes only now."""
+    if out.exists():
+        durable.remove_directory(out)
+    durable.fs.rename(finished, out)
+    fd = os.open(out.parent, os.O_RDONLY)
+    try:
+        durable.fs.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _report(out: Path, skipped: list[str]) -> Report:
+    """Read the data set back, which also checks every block of it."""
+    tokenizer = Tokenizer.load(out)
+    sets = {split: TokenSet(out, split) for split in SPLITS}
+    counts = np.zeros(tokenizer.size, dtype=np.int64)
+    for tokens in sets.values():
+        for start in range(0, tokens.n_tokens, 1 << 20):
+            counts += np.bincount(tokens.read(start, min(1 << 20, tokens.n_tokens - start)), minlength=tokenizer.size)
+    scripts: Counter[str] = Counter()
+    script_tokens: Counter[str] = Counter()
+    for token in np.flatnonzero(counts).tolist():
+        data = tokenizer.token_bytes(token)
+        if data:
+            scripts[script := script_of(data)] += int(counts[token]) * len(data)
+            script_tokens[script] += int(counts[token])
+    n_bytes = sum(tokens.n_bytes for tokens in sets.values())
+    unknown = tokenizer.unknown_id
+    first = sets["train"].read(0, min(120, sets["train"].n_tokens)).tolist()
+    return Report(
+        path=out,
+        documents={split: tokens.n_documents for split, tokens in sets.items()},
+        bytes={split: tokens.n_bytes for split, tokens in sets.items()},
+        tokens={split: tokens.n_tokens for split, tokens in sets.items()},
+        vocab_size=tokenizer.size,
+        vocab_used=int(np.count_nonzero(counts)),
+        unknown_tokens=0 if unknown is None else int(counts[unknown]),
+        unknown_bytes=0 if unknown is None else n_bytes - scripts.total(),
+        scripts=[(script, script_tokens[script], n) for script, n in scripts.most_common()],
+        sources=_by_source(list(sets.values())),
+        example=[tokenizer.piece(token) for token in first if token not in tokenizer.control_ids],
+        skipped=skipped,
+    )
+
+
+def _by_source(sets: Sequence[TokenSet]) -> list[tuple[str, int, int, int]]:
+    """(name, documents, bytes, tokens) of each source."""
+    rows = []
+    names = sets[0].sources
+    totals = np.zeros((len(names), 3), dtype=np.int64)
+    for tokens in sets:
+        lengths = np.diff(np.append(tokens.document_starts, tokens.n_tokens))
+        for column, weights in enumerate((np.ones_like(lengths), tokens.document_bytes, lengths)):
+            totals[:, column] += np.bincount(tokens.document_sources, weights, len(names)).astype(np.int64)
+    for name, (documents, n_bytes, n_tokens) in zip(names, totals.tolist(), strict=True):
+        rows.append((name, documents, n_bytes, n_tokens))
+    return rows
+
+
+SCRIPTS = {"LATIN": "Latin", "CJK": "Han", "HIRAGANA": "kana", "KATAKANA": "kana", "CYRILLIC": "Cyrillic"}
+CATEGORIES = {"N": "digits", "P": "punctuation", "S": "punctuation", "Z": "space", "C": "space"}
+
+
+def script_of(data: bytes) -> str:
+    """The script of most characters of a token, spaces beside others not counted; "parts" for an incomplete character."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "parts of characters"
+    return Counter(map(_script_of_character, text.strip() or text)).most_common(1)[0][0]
+
+
+def _script_of_character(char: str) -> str:
+    category = unicodedata.category(char)[0]
+    if category in CATEGORIES:
+        return CATEGORIES[category]
+    return SCRIPTS.get(unicodedata.name(char, "").partition(" ")[0], "other")
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the closing report."""
+    table = Table("split", "documents", "bytes", "tokens", "bytes/token", box=None, header_style="bold")
+    for split in SPLITS:
+        _add(table, split, report.documents[split], report.bytes[split], report.tokens[split])
+    console.print(table)
+    if len(report.sources) > 1:
+        table = Table("source", "documents", "bytes", "tokens", "bytes/token", box=None, header_style="bold")
+        for row in report.sources:
+            _add(table, *row)
+        console.print(table)
+    table = Table("script", "bytes", "tokens", "bytes/token", box=None, header_style="bold")
+    for script, n_tokens, n_bytes in report.scripts:
+        table.add_row(script, f"{n_bytes:,}", f"{n_tokens:,}", f"{n_bytes / n_tokens:.2f}")
+    console.print(table)
+    say = [f"vocabulary: {report.vocab_used:,} of {report.vocab_size:,} entries occur"]
+    if report.unknown_tokens:
+        say.append(f"{report.unknown_tokens:,} tokens are unknown: {report.unknown_bytes:,} bytes are not in the vocabulary")
+    if report.skipped:
+        say += [f"{len(report.skipped)} bad records were skipped:", *(f"  {line}" for line in report.skipped[:10])]
+    for line in say:
+        console.print(line, highlight=False, markup=False)
+    styles = cycle(("black on cyan", "black on yellow"))
+    console.print(Text.assemble(*((piece, next(styles)) for piece in report.example)))
+    console.print(f"{report.path} is ready: python train.py CONFIG.yaml data.path={report.path}", highlight=False)
+
+
+def _add(table: Table, name: str, documents: int, n_bytes: int, n_tokens: int) -> None:
+    table.add_row(name, f"{documents:,}", f"{n_bytes:,}", f"{n_tokens:,}", f"{n_bytes / max(1, n_tokens):.2f}")

@@ -1,0 +1,128 @@
+"""The machine a run stands on: device, dtype, threads, determinism, and the one source of randomness.
+
+This is the only room that reads the environment. It decides nothing that a setting decides.
+"""
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch.utils import deterministic
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def key(seed: int, step: int, purpose: str, micro_batch: int = 0) -> int:
+    """A 63-bit seed for one purpose at one step: a pure function, so a resumed run draws what the first one drew."""
+    text = f"{seed}/{step}/{purpose}/{micro_batch}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def world_size() -> int:
+    """Processes launched together by torchrun; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def n_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def best_device() -> tuple[str, str]:
+    """The fastest device here and its name for people."""
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return "mps", "Apple GPU"
+    return "cpu", f"{n_cores()} cores"
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError in words if `device` is not to be had here."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.partition(":")[0], False):
+        here = ", ".join(name for name, there in available.items() if there)
+        raise ValueError(
+            f"device '{device}' is not available here (there is: {here}); set train.device=auto or another one"
+        )
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set flags as Linux lists them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def best_dtype(device: str) -> tuple[str, str]:
+    """The fastest dtype for matrix products on `device` that trains safely, and why."""
+    if device.startswith("cuda"):
+        native = torch.cuda.get_device_capability()[0] >= 8
+        return ("bfloat16", "the GPU computes it natively") if native else ("float32", "the GPU has no fast bfloat16")
+    if device == "cpu":
+        fast = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"})
+        return ("bfloat16", f"the CPU has {fast[0]}") if fast else ("float32", "the CPU has no bfloat16 instructions")
+    return "float32", f"bfloat16 is not measured on {device}"
+
+
+def compiler_missing() -> str | None:
+    """Why torch.compile cannot work for CPU code here, or None."""
+    if sys.platform == "win32":
+        return "Windows"
+    return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler (g++) found"
+
+
+def describe() -> dict[str, str]:
+    """What must stay the same for a run to repeat bit for bit, besides its settings."""
+    vector = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+    return {"torch": torch.__version__, "cpu": " ".join([platform.machine(), *vector])}
+
+
+def setup(device: str, threads: int) -> None:
+    """Fix what changes bits or speed in this process: threads, deterministic algorithms on the CPU, fast fp32 products.
+
+    "medium" sends fp32 products to oneDNN; without AMX that is still fp32 arithmetic, only faster. Deterministic
+    algorithms alone make compiled CPU code repeat; the debug fill of fresh memory that comes with them buys nothing here.
+    """
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("medium" if device == "cpu" and "amx_bf16" not in cpu_flags() else "high")
+    torch.use_deterministic_algorithms(device == "cpu")
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager[None]:
+    """Matrix products in `dtype`, weights and reductions in fp32."""
+    return torch.autocast(device.partition(":")[0], DTYPES[dtype], enabled=dtype != "float32")
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; needed around timings."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory held so far: of the GPU where there is one, else resident memory of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory_bytes(device: str) -> int:
+    """Memory a run may still take: the GPU's free memory, else what the system calls available (8 GiB if it is silent)."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 8 << 30

@@ -1,0 +1,47 @@
+"""The learning rate as a function of the step, and when things are due. Stored nowhere: the step is the only clock."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from gpt.config import Settings
+
+
+class ScheduleConfig(Settings):
+    """Factor on the peak learning rates over a run."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("wsd", description="wsd: warm-up, stable, linear decay")
+    warmup: float = Field(0.02, ge=0, description="linear warm-up: a fraction of the steps if below 1, else steps")
+    decay: float | None = Field(None, gt=0, le=1, description="wsd: last fraction of the steps that decays; null: 0.4")
+    floor: float = Field(0.0, ge=0, le=1, description="factor at the last step")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind != "wsd" and self.decay is not None:
+            raise ValueError(f"decay ({self.decay}) is for kind 'wsd', not '{self.kind}'")
+        if self.kind == "constant" and self.floor:
+            raise ValueError(f"floor ({self.floor}) has no meaning with kind 'constant'")
+        return self
+
+
+def factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The factor in [0, 1] of update `step`, counted from 1; at `steps` it is one update short of `floor`."""
+    warmup = config.warmup * steps if config.warmup < 1 else config.warmup
+    if step <= warmup:
+        return step / max(warmup, 1.0)
+    left = (steps + 1 - step) / max(steps + 1 - warmup, 1.0)  # 1 after the warm-up, nearly 0 at the end
+    if config.kind == "constant":
+        return 1.0
+    if config.kind == "cosine":
+        shape = 0.5 - 0.5 * math.cos(math.pi * left)
+    elif config.kind == "linear":
+        shape = left
+    else:
+        shape = min(1.0, (steps + 1 - step) / max(1.0, (config.decay or 0.4) * steps))
+    return config.floor + (1 - config.floor) * shape
+
+
+def due(step: int, every: int | None, steps: int | None = None) -> bool:
+    """Whether something done every `every` steps, and after the last one, is due at `step`; `every` None is never."""
+    return every is not None and (step % every == 0 or step == steps)

@@ -1,0 +1,344 @@
+"""Text to ids and back: train, import, encode, decode, fingerprint. No control token is ever read from text or added to it."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from math import log2
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+Kind = Literal["bpe", "char", "word"]
+
+END = "<|endoftext|>"  # opens every document, and so closes the one before
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SPECIAL = (END, IM_START, IM_END, *(f"<|reserved_{i}|>" for i in range(5)))
+UNKNOWN = "<|unk|>"  # only in vocabularies of characters or words: bytes know everything
+
+# The pre-tokenizer of DeepSeek-V3, which llama.cpp knows as "deepseek-v3": digits by at most three, Han and kana apart
+# from other letters, then words with what stands before them, punctuation and space.
+HAN_AND_KANA = "[一-龥぀-ゟ゠-ヿ]"
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    HAN_AND_KANA + "+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+CHARACTERS = (r"(?m:.)",)
+WORDS = (HAN_AND_KANA, r"[\p{L}\p{M}\p{N}_]+|(?m:.)")
+PATTERNS: Mapping[Kind, tuple[str, ...]] = {"bpe": DEEPSEEK_V3, "char": CHARACTERS, "word": WORDS}
+
+MIN_VOCAB_SIZE = 256 + len(SPECIAL)
+MIN_FREQUENCY = 2  # a merge or word that was seen once is no pattern
+PIECE_CHARACTERS = 1 << 17  # longer texts of our own tokenizers are encoded in pieces: in parallel, in bounded memory
+
+
+def default_vocab_size(n_bytes: int) -> int:
+    """The square root of the corpus's bytes, rounded to a power of two, from 512 to 65536."""
+    return min(max(2 ** round(log2(max(n_bytes, 1)) / 2), 512), 1 << 16)
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in a byte-level vocabulary, as GPT-2 chose them: itself if printable."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF_LETTER = _byte_letters()
+
+
+class Tokenizer:
+    """A vocabulary and its rules. Make one by `train` or `Tokenizer.load`.
+
+    `raw` is the content of tokenizer.json, `config` what tokenizer_config.json says of control tokens. ValueError in
+    words if they do not fit together.
+    """
+
+    def __init__(self, raw: dict[str, Any], config: Mapping[str, Any], where: str = "tokenizer.json") -> None:
+        self._raw, self._where = raw, where
+        with self._guard("cannot be loaded: "):
+            self._backend = Backend.from_str(json.dumps(raw))
+            self._backend.encode_special_tokens = True  # text is text; this is not stored in the file
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        if not self._vocab:
+            raise ValueError(f"{where}: the vocabulary is empty")
+        added = self._backend.get_added_tokens_decoder()
+        self.control_ids = frozenset(i for i, token in added.items() if token.special)
+        self.size = max(self._vocab.values()) + 1
+        self.padded_size = -(-self.size // 64) * 64
+        self._config = self._completed(config)
+        self.start_id, self.end_id = self._vocab[self._config["bos_token"]], self._vocab[self._config["eos_token"]]
+        self.im_start_id, self.im_end_id = self._vocab.get(IM_START), self._vocab.get(IM_END)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a tokenizer.json, or the one in a data set, checkpoint, model directory or run (its newest checkpoint).
+
+        Raises FileNotFoundError or ValueError in words; nothing in the file can run code.
+        """
+        file = _find(path)
+        beside = file.with_name("tokenizer_config.json")
+        return cls(_read_json(file), _read_json(beside) if beside.is_file() else {}, str(file))
+
+    def _completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """tokenizer_config.json as we write it: transformers' class that changes nothing, and the control tokens."""
+        names = {}
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = config.get(key)
+            name = value.get("content") if isinstance(value, dict) else value
+            if name is not None and name not in self._vocab:
+                raise ValueError(f"{self._where}: {key} {name!r} of tokenizer_config.json is not in the vocabulary")
+            names[key] = name
+        fallback = END if END in self._vocab else None
+        start = names["bos_token"] or fallback or names["eos_token"]
+        if start is None:
+            raise ValueError(
+                f"{self._where}: no start or end token: it needs a tokenizer_config.json beside it that names bos_token "
+                f"or eos_token, or {END} in the vocabulary"
+            )
+        end = names["eos_token"] or fallback or start
+        names |= {"bos_token": start, "eos_token": end, "pad_token": names["pad_token"] or end}
+        kept = {"chat_template": config["chat_template"]} if isinstance(config.get("chat_template"), str) else {}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            **{key: name for key, name in names.items() if name is not None},
+            **kept,
+        }
+
+    @contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        """Turn what the native library throws into a ValueError: its panics are no `Exception`."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self._where}: {what}{error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone; what looks like a control token in it is text."""
+        return self.encode_each([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        pieces = [self._pieces(text) for text in texts]
+        with self._guard("encoding failed: "):
+            flat = self._backend.encode_batch_fast([p for some in pieces for p in some], add_special_tokens=False)
+        encoded = iter(flat)
+        return [[i for _ in some for i in next(encoded).ids] if len(some) > 1 else next(encoded).ids for some in pieces]
+
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on one core: for worker processes, which have the others."""
+        encode = self._backend.encode
+        with self._guard("encoding failed: "):
+            return [
+                [i for piece in self._pieces(text) for i in encode(piece, add_special_tokens=False).ids] for text in texts
+            ]
+
+    def _pieces(self, text: str) -> list[str]:
+        """Parts of a long text whose ids joined are the ids of the whole.
+
+        All our patterns, whatever surrounds it, split between a line feed and an ASCII letter, and no match looks
+        across. An imported tokenizer may do otherwise, so its texts stay whole.
+        """
+        if len(text) <= PIECE_CHARACTERS or not self._is_ours:
+            return [text]
+        pieces, start = [], 0
+        while len(text) - start > PIECE_CHARACTERS:
+            cut = _line_start(text, start + PIECE_CHARACTERS)
+            pieces.append(text[start:cut])
+            start = cut
+        return [*pieces, text[start:]] if start < len(text) else pieces
+
+    @cached_property
+    def _is_ours(self) -> bool:
+        ours = [json.loads(_bare(kind).to_str())["pre_tokenizer"] for kind in PATTERNS]
+        return self._raw.get("normalizer") is None and self._raw.get("pre_tokenizer") in ours
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; control tokens are left out, bytes that form no character become U+FFFD."""
+        with self._guard("decoding failed: "):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "Stream":
+        """A decoder to push ids into one by one."""
+        return Stream(self._backend)
+
+    def piece(self, token: int) -> str:
+        """How a token is shown: its text, or its bytes as `\\xe4` where they are no whole character."""
+        if token in self.control_ids:
+            return self._backend.id_to_token(token)
+        return self.token_bytes(token).decode("utf-8", errors="backslashreplace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; none for a control token or an id without one."""
+        name = self._backend.id_to_token(token)
+        if name is None or token in self.control_ids:
+            return b""
+        if isinstance(self._backend.decoder, decoders.ByteLevel) and all(letter in BYTE_OF_LETTER for letter in name):
+            return bytes(BYTE_OF_LETTER[letter] for letter in name)
+        return self.decode([token]).encode()
+
+    def split_characters(self, text: str) -> list[str]:
+        """The characters of `text`, once each, that the vocabulary cuts into bytes or does not know."""
+        unknown = self.unknown_id
+        found = zip(dict.fromkeys(text), self.encode_batch(list(dict.fromkeys(text))), strict=True)
+        return [char for char, ids in found if len(ids) > 1 or ids == [unknown]]
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of what the vocabulary does not hold; None for a vocabulary of bytes, which holds everything."""
+        return self._vocab.get(UNKNOWN)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the vocabulary and its rules, whatever the layout of the file."""
+        text = json.dumps(self._raw, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """What a data set or checkpoint stores: tokenizer.json, and tokenizer_config.json, without which transformers
+        would swap in the pre-tokenizer of a model type and read control tokens from text."""
+        contents = {"tokenizer.json": self._raw, "tokenizer_config.json": self._config}
+        return {name: (json.dumps(data, indent=1, ensure_ascii=True) + "\n").encode() for name, data in contents.items()}
+
+
+class Stream:
+    """Text of ids as they come: never a broken character. `flush` gives the rest at the end."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str | None:
+        """The text that has become certain, or None while a character is incomplete."""
+        self._held.append(token)
+        text = self._decoder.step(self._backend, token)
+        if text is not None:
+            self._held.clear()
+        return text
+
+    def flush(self) -> str:
+        """The text of what was pushed and not given yet; U+FFFD stands for what never became a character."""
+        held, self._held = self._held, []
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        return self._backend.decode(held, skip_special_tokens=True)
+
+
+def train(texts: Iterable[str], kind: Kind, vocab_size: int | None, *, corpus_bytes: int = 0) -> Tokenizer:
+    """Learn a vocabulary of byte-level BPE, of single characters or of words, control tokens included in its size.
+
+    Without `vocab_size` it follows `corpus_bytes` by `default_vocab_size` (characters: all of them), or is smaller if
+    the texts have no more. ValueError if a stated size is less than the bytes need or more than the texts support.
+    """
+    smallest = MIN_VOCAB_SIZE if kind == "bpe" else len(SPECIAL) + 2
+    if vocab_size is not None and vocab_size < smallest:
+        parts = f"256 bytes and {len(SPECIAL)} control tokens" if kind == "bpe" else "the control tokens and one entry"
+        raise ValueError(f"vocab_size: {vocab_size} is too small: {parts} need {smallest}")
+    backend = _bare(kind)
+    size = vocab_size or (default_vocab_size(corpus_bytes) if kind != "char" else 1 << 16)
+    _TRAIN[kind](backend, texts, size)
+    got = backend.get_vocab_size(with_added_tokens=True)
+    if vocab_size is not None and got < vocab_size:
+        raise ValueError(
+            f"vocab_size: {vocab_size} is more than the text supports: it has {got} entries, everything that occurs "
+            f"{'once' if kind == 'char' else 'twice'} included; set vocab_size={got} or less, or leave it out"
+        )
+    unknown = {} if kind == "bpe" else {"unk_token": UNKNOWN}
+    return Tokenizer(json.loads(backend.to_str()), {"bos_token": END, "eos_token": END, **unknown})
+
+
+def _bare(kind: Kind) -> Backend:
+    """The rules of a kind, without a vocabulary."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[kind]]
+    if kind != "bpe":
+        backend = Backend(models.WordLevel(unk_token=UNKNOWN))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(splits), decoders.Fuse()
+        return backend
+    backend = Backend(models.BPE())
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([*splits, to_bytes]), decoders.ByteLevel()
+    return backend
+
+
+def _train_bpe(backend: Backend, texts: Iterable[str], size: int) -> None:
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+
+
+def _train_words(backend: Backend, texts: Iterable[str], size: int) -> None:
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=size, min_frequency=MIN_FREQUENCY, special_tokens=[*SPECIAL, UNKNOWN], show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+
+
+def _train_characters(backend: Backend, texts: Iterable[str], size: int) -> None:
+    """Count in Python: one pass of a Counter is faster than splitting every character off as a word."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    first = sorted(counts, key=lambda char: (-counts[char], char))[: size - len(SPECIAL) - 1]
+    vocab = {token: i for i, token in enumerate([*SPECIAL, UNKNOWN, *first])}
+    backend.model = models.WordLevel(vocab, unk_token=UNKNOWN)
+    backend.add_special_tokens([*SPECIAL, UNKNOWN])
+
+
+_TRAIN: Mapping[Kind, Callable[[Backend, Iterable[str], int], None]] = {
+    "bpe": _train_bpe,
+    "char": _train_characters,
+    "word": _train_words,
+}
+
+
+def _line_start(text: str, position: int) -> int:
+    """The first place from `position` on where an ASCII letter follows a line feed; the end if there is none."""
+    while (position := text.find("\n", position) + 1) and position < len(text):
+        if text[position].isascii() and text[position].isalpha():
+            return position
+    return len(text)
+
+
+def _find(path: Path) -> Path:
+    """The tokenizer.json that `path` means."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; name a tokenizer.json or a directory that holds one")
+    checkpoints = sorted((path / "checkpoints").glob("step_*/tokenizer.json"))
+    for file in (path / "tokenizer.json", *reversed(checkpoints)):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{path} holds no tokenizer.json, nor a checkpoint with one")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); a tokenizer comes as a tokenizer.json") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data

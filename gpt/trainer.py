@@ -1,0 +1,436 @@
+"""train(): the one loop, for pretraining and fine-tuning, on any device. Everything it needs is a noun built once before step 1.
+
+A run is its name and its settings: the same call continues where it stopped, other settings under the same name are refused.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor
+
+from gpt import config as settings
+from gpt import durable, hf, parallel, plan, runtime, signals
+from gpt.checkpoint import CheckpointConfig, Checkpoints, load_optimizer, load_state, load_weights, save
+from gpt.config import Settings
+from gpt.data import Batch, DataConfig, Loader, evaluated_tokens
+from gpt.evaluate import EvalConfig, evaluate
+from gpt.generate import Sampling, complete
+from gpt.log import Log, LogConfig
+from gpt.loss import NextToken
+from gpt.model import GPT, ModelConfig, init_weights
+from gpt.optim import OptimConfig, Optimizer
+from gpt.plan import Choices, TrainingConfig
+from gpt.run import RunDirectory, resolve
+from gpt.schedule import ScheduleConfig, due, factor
+from gpt.shards import TokenSet
+from gpt.tokenizer import Tokenizer
+
+FREE = ("name", "choices", "log.", "checkpoint.", "eval.every")  # what may change between resumes: it changes no update
+RUNS = Path("runs")
+PROBE_UPDATES = 6
+SAMPLE_TOKENS = 100
+
+
+class TrainConfig(Settings):
+    """A run, whole: a table of contents."""
+
+    name: str = Field(description="the run's directory under runs/; defaults to the file's stem")
+    seed: int = Field(1337, description="of the weights, the order of data and dropout")
+    init_from: str | None = Field(None, description="run, checkpoint or Hugging Face directory whose weights and tokenizer to start from")
+    data: DataConfig = Field(description="what is trained on")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the decoder's shape; with init_from only dropout may be set")
+    train: TrainingConfig = Field(description="how long, in what portions and on what")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="how parameters move")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate over the run")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="when and on what to evaluate")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when to save and what to keep")
+    log: LogConfig = Field(default_factory=LogConfig, description="what people watch")
+    choices: Choices | None = Field(None, description="what settled itself before step 1; written by the run, obeyed when present")
+
+
+def update(
+    forward: parallel.Forward, optimizer: Optimizer, batch: Batch, config: TrainConfig, choices: Choices, step: int
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on `batch`; (loss in nats per target, gradient norm before clipping), still on the device.
+
+    Raises FloatingPointError, with the weights untouched, if either is not finite.
+    """
+    n_targets = max(1, batch.n_targets)
+    loss = torch.zeros((), device=choices.device)
+    parts = zip(batch.tokens.split(choices.micro_batch), batch.targets.split(choices.micro_batch), strict=True)
+    for i, (tokens, targets) in enumerate(parts):
+        torch.manual_seed(runtime.key(config.seed, step, "dropout", i))
+        with runtime.autocast(choices.device, choices.dtype):
+            nats = forward(tokens.to(choices.device), targets.to(choices.device))
+        (nats / n_targets).backward()
+        loss += nats.detach() / n_targets
+    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.names, config.optim.clip or math.inf)
+    if not torch.isfinite(loss + grad_norm):
+        raise FloatingPointError(
+            f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}; the update was not made. "
+            f"Lower optim.lr ({config.optim.lr}) or lengthen schedule.warmup, and start again with --fresh"
+        )
+    optimizer.step(factor(config.schedule, step, choices.steps))
+    return loss, grad_norm
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared data set, opened and checked against the settings."""
+
+    train: TokenSet
+    val: TokenSet
+    tokenizer: Tokenizer
+
+
+def open_data(config: DataConfig) -> Data:
+    """Open both splits and the tokenizer; ValueError or CorruptError in words if they do not belong together."""
+    path = Path(config.path)
+    data = Data(TokenSet(path, "train"), TokenSet(path, "val"), Tokenizer.load(path))
+    if data.tokenizer.sha256 != data.train.tokenizer_sha256:
+        raise ValueError(f"{path}: tokenizer.json is not the one the data set was made with; prepare it again")
+    if data.val.n_tokens < config.seq_len:
+        raise ValueError(
+            f"{path}: the validation split has {data.val.n_tokens} tokens, fewer than data.seq_len ({config.seq_len}); "
+            f"prepare it with a larger val_fraction or lower data.seq_len"
+        )
+    return data
+
+
+@dataclass
+class Session:
+    """One run at work: its settings with every choice made, its data, and what an update touches."""
+
+    config: TrainConfig
+    choices: Choices
+    run: RunDirectory
+    saves: Checkpoints
+    log: Log
+    data: Data
+    objective: NextToken
+    optimizer: Optimizer
+    elapsed: Callable[[], float]  # seconds of training, over all resumes
+
+    def tokens(self, step: int) -> int:
+        return step * self.config.train.batch_tokens
+
+    def report(self, step: int, loss: Tensor, grad_norm: Tensor, steps_per_s: float) -> None:
+        """Log update `step`; the only place where training waits for metrics."""
+        config, rate = self.config, steps_per_s * self.config.train.batch_tokens
+        flops = rate * plan.flops_per_token(self.objective.model, config.data.seq_len)
+        peak = plan.peak_flops(self.choices.device)
+        self.log.train(
+            step,
+            tokens=self.tokens(step),
+            loss=float(loss),
+            lr=config.optim.lr * factor(config.schedule, step, self.choices.steps),
+            grad_norm=float(grad_norm),
+            tokens_per_second=rate,
+            mfu=flops / peak if peak else None,
+            elapsed_s=self.elapsed(),
+            peak_memory_bytes=runtime.peak_memory_bytes(self.choices.device),
+        )
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step`, if it is not there: a Hugging Face model directory with what resume needs beside it."""
+        if step in self.saves.steps():
+            return
+        model = self.objective.model
+        self.log.sync()
+        save(
+            self.saves.path(step),
+            model_files=hf.model_files(model.config, self.data.tokenizer),
+            weights=hf.to_disk(model.config, model.state_dict()),
+            optimizer=self.optimizer.state(),
+            run_yaml=settings.dump(self.config),
+            state={"step": step, "tokens": self.tokens(step), "elapsed_s": self.elapsed()},
+        )
+
+    def observe(self, step: int) -> None:
+        """What follows the save of `step`: its evaluation and its sample, where due and not yet in metrics.jsonl.
+
+        A stop request during them saves the step first, then raises signals.Stopped.
+        """
+        config, steps = self.config, self.choices.steps
+        there = {line["kind"] for line in self.run.metrics() if line["step"] == step}
+        evaluate_first = step == 0 and config.init_from is not None
+        try:
+            if "eval" not in there and (evaluate_first or step and due(step, config.eval.every, steps)):
+                self._evaluate(step)
+            if "sample" not in there and step and due(step, config.log.sample_every, steps):
+                self._sample(step)
+        except signals.Stopped:
+            self.stop(step)
+        self.saves.prune(self.run.best(self.saves.steps()))
+
+    def stop(self, step: int) -> NoReturn:
+        """Save `step` and raise signals.Stopped."""
+        if step:
+            self.save(step)
+        raise signals.Stopped(f"stopped by {signals.stop_requested()} at step {step}; the same command continues from there")
+
+    def _evaluate(self, step: int) -> None:
+        config = self.config
+        result = evaluate(
+            self.objective,
+            self.data.val,
+            config.eval,
+            seq_len=config.data.seq_len,
+            batch_rows=self.choices.micro_batch,
+            device=self.choices.device,
+            dtype=self.choices.dtype,
+        )
+        scores = {"val_loss": result.val_loss, "val_bpb": result.val_bpb}
+        self.log.eval(step, tokens=self.tokens(step), **scores, elapsed_s=self.elapsed())
+
+    def _sample(self, step: int) -> None:
+        seed = runtime.key(self.config.seed, step, "sample")
+        events = complete(self.objective.model, self.data.tokenizer, [""], Sampling(), SAMPLE_TOKENS, seed=seed)
+        self.log.sample(step, tokens=self.tokens(step), text="".join(event.text for event in events))
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `train.patience` evaluations all failed to improve on the best before them."""
+        patience = self.config.train.patience
+        scores = [line["val_bpb"] for line in self.run.metrics() if line["kind"] == "eval"]
+        return patience is not None and len(scores) > patience and min(scores[-patience:]) >= min(scores[:-patience])
+
+
+def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
+    """Train the run `given.name` from where it stands to its end; status.json says how it ended.
+
+    Raises signals.Stopped when asked to stop (the step is saved), ValueError for what the user can mend, FloatingPointError
+    on non-finite numbers.
+    """
+    began = time.monotonic()
+    if runtime.world_size() > 1:
+        raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
+    run = RunDirectory(RUNS, _unused(given.name) if fresh else given.name)
+    with run.lock():
+        saves = Checkpoints(run.checkpoints, given.checkpoint.keep)
+        saves.sweep()
+        latest = saves.latest()
+        state = {"step": 0, "elapsed_s": 0.0} if latest is None else load_state(latest)
+
+        def elapsed() -> float:
+            return state["elapsed_s"] + time.monotonic() - began
+
+        data = open_data(given.data)
+        config = _agree(given, run, data, console)
+        model, config = _settle(config, latest, data, elapsed, console)
+        assert config.choices is not None
+        optimizer = Optimizer(model, config.optim)
+        if latest is not None:
+            optimizer.load_state(load_optimizer(latest))
+        durable.check_space(run.path, (given.checkpoint.keep + 2) * 12 * plan.n_parameters(model))
+        durable.write_file(run.config_path, settings.dump(config).encode())
+        run.truncate_metrics(state["step"])
+        with Log(run.path, config.log, run_config=_public(config), steps=config.choices.steps, console=console) as log:
+            session = Session(config, config.choices, run, saves, log, data, NextToken(model), optimizer, elapsed)
+            _recorded(session, state["step"])
+        _farewell(session, console)
+
+
+def _loop(session: Session, start: int) -> int:
+    """Make updates start + 1 .. steps and do what is due after each; return the last step made."""
+    config, choices = session.config, session.choices
+    forward = parallel.applied(session.objective, compile=choices.compile)
+    loader = Loader(session.data.train, config.data.seq_len, _rows(config), config.seed)
+    session.observe(start)
+    reported, clock = start, time.monotonic()
+    for step in range(start + 1, choices.steps + 1):
+        loss, grad_norm = update(forward, session.optimizer, loader.batch(step), config, choices, step)
+        if due(step, config.log.every, choices.steps):
+            session.report(step, loss, grad_norm, (step - reported) / (time.monotonic() - clock))
+            reported, clock = step, time.monotonic()
+        if signals.stop_requested():
+            session.stop(step)
+        if due(step, config.checkpoint.every, choices.steps):
+            session.save(step)
+        if due(step, config.eval.every, choices.steps) or due(step, config.log.sample_every, choices.steps):
+            away = time.monotonic()
+            session.observe(step)
+            clock += time.monotonic() - away
+            if session.out_of_patience():
+                session.save(step)
+                return step
+    return choices.steps
+
+
+def _recorded(session: Session, start: int) -> None:
+    """Run the loop with status.json telling its state: running, then done, preempted or failed."""
+    run = session.run
+    run.status("running", start, "")
+    try:
+        last = _loop(session, start)
+    except signals.Stopped as stopped:
+        run.status("preempted", max(session.saves.steps(), default=0), str(stopped))
+        raise
+    except BaseException as error:
+        run.status("failed", max(session.saves.steps(), default=0), f"{type(error).__name__}: {error}")
+        raise
+    reason = "all steps made" if last == session.choices.steps else f"no better val_bpb in {session.config.train.patience} evaluations"
+    run.status("done", last, reason)
+
+
+def _agree(given: TrainConfig, run: RunDirectory, data: Data, console: Console) -> TrainConfig:
+    """The run's settings, the model's filled in: `given`, or what the run was started with, where both say the same.
+
+    Raises ValueError with the differences and what to run instead if they do not.
+    """
+    if run.config_path.exists():
+        stored = settings.load(TrainConfig, run.config_path)
+        open_model = {name: getattr(stored.model, name) for name in _filled(given)}
+        asked = given.model_copy(update={"model": given.model.model_copy(update=open_model)})
+        changed = [d for d in settings.differences(stored, asked) if not d[0].startswith(FREE)]
+        if changed:
+            rows = "\n".join(f"  {name}: {old} -> {new}" for name, old, new in changed)
+            raise ValueError(
+                f"{run.path} was started with other settings:\n{rows}\n"
+                f"continue it with its own settings, or start another run: name=NEW, or --fresh (as {_unused(given.name)})"
+            )
+        config = asked.model_copy(update={"choices": stored.choices})
+    elif given.init_from is not None:
+        source, what = resolve(given.init_from)
+        console.print(f"init_from: {what}", highlight=False)
+        config = given.model_copy(update={"model": _source_config(given, source, data)})
+    else:
+        filled = {"vocab_size": data.tokenizer.padded_size, "max_seq_len": given.data.seq_len}
+        model = given.model.model_copy(update={k: v for k, v in filled.items() if getattr(given.model, k) is None})
+        config = given.model_copy(update={"model": model})
+    assert config.model.max_seq_len is not None
+    if config.data.seq_len > config.model.max_seq_len:
+        raise ValueError(f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({config.model.max_seq_len})")
+    if config.choices is not None and config.choices.data != data.train.fingerprint:
+        raise ValueError(
+            f"{config.data.path} is not the data set this run was started with: its fingerprint is "
+            f"{data.train.fingerprint[:12]}, the run's is {config.choices.data[:12]}; restore it, or start another run with --fresh"
+        )
+    return config
+
+
+def _filled(given: TrainConfig) -> list[str]:
+    """Settings of the model that the run fills in when the file leaves them open."""
+    if given.init_from is not None:
+        return [name for name in ModelConfig.model_fields if name != "dropout"]
+    return [name for name in ("vocab_size", "max_seq_len") if getattr(given.model, name) is None]
+
+
+def _source_config(given: TrainConfig, source: Path, data: Data) -> ModelConfig:
+    """The source model's shape, with the dropout that `given` asks for; ValueError if shape or tokenizer are not the source's."""
+    if extra := given.model.model_fields_set - {"dropout"}:
+        raise ValueError(f"with init_from the model is the source's: remove model.{', model.'.join(sorted(extra))} (dropout may stay)")
+    model, tokenizer = hf.load(source)
+    if tokenizer.sha256 != data.tokenizer.sha256:
+        raise ValueError(
+            f"{given.data.path} was prepared with another tokenizer than {source}: "
+            f"prepare the text again with --tokenizer {given.init_from}"
+        )
+    return model.config.model_copy(update={"dropout": given.model.dropout})
+
+
+def _settle(
+    config: TrainConfig, latest: Path | None, data: Data, elapsed: Callable[[], float], console: Console
+) -> tuple[GPT, TrainConfig]:
+    """The model with its weights on the device, and the settings with every choice made."""
+
+    def note(line: str) -> None:
+        console.print(line, highlight=False)
+
+    choices = config.choices
+    device, dtype, threads, why = plan.machine(config.train)
+    if choices is not None:
+        device, dtype, threads = choices.device, choices.dtype, choices.threads
+        runtime.check_device(device)
+        for name, now in runtime.describe().items():
+            if now != getattr(choices, name):
+                note(f"{name} was {getattr(choices, name)}, is {now}: the run continues, its bits may differ")
+    note(f"device: {why if choices is None else f'{device}, {dtype}, {threads} threads (as the run was started)'}")
+    runtime.setup(device, threads)
+    model = GPT(config.model).to(device)
+    note(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
+    _fill(model, config, latest)
+    if choices is None:
+        choices = _choose(config, model, data, (device, dtype, threads), elapsed, note)
+        _fill(model, config, latest)  # measuring moved them
+    return model, config.model_copy(update={"choices": choices})
+
+
+def _fill(model: GPT, config: TrainConfig, latest: Path | None) -> None:
+    """Give the model its weights: the latest checkpoint's, the source's, or fresh ones from the seed."""
+    if latest is not None:
+        model.load_state_dict(hf.from_disk(config.model, load_weights(latest)))
+    elif config.init_from is not None:
+        model.load_state_dict(hf.load(resolve(config.init_from)[0])[0].state_dict())
+    else:
+        init_weights(model, runtime.key(config.seed, 0, "init"))
+
+
+def _choose(
+    config: TrainConfig,
+    model: GPT,
+    data: Data,
+    on: tuple[str, str, int],
+    elapsed: Callable[[], float],
+    note: Callable[[str], None],
+) -> Choices:
+    """Settle what is left to choose, by a few updates on real batches where it depends on speed."""
+    device, dtype, threads = on
+    objective, rows = NextToken(model), _rows(config)
+    loader = Loader(data.train, config.data.seq_len, rows, config.seed)
+    fixed = {"device": device, "dtype": dtype, "threads": threads, "data": data.train.fingerprint}
+
+    def measure(micro_batch: int, compile: bool) -> float:
+        trial = Choices(**fixed, micro_batch=micro_batch, compile=compile, steps=PROBE_UPDATES, **runtime.describe())
+        forward, optimizer = parallel.applied(objective, compile=compile), Optimizer(model, config.optim)
+        seconds = []
+        for step in range(1, PROBE_UPDATES + 1):
+            signals.check()
+            start = time.perf_counter()
+            update(forward, optimizer, loader.batch(step), config, trial, step)
+            runtime.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])  # the first one warms up, or compiles
+
+    def extra(update_s: float) -> float:
+        """An evaluated token costs a third of a trained one; a save writes 12 bytes a parameter at about 300 MB/s."""
+        evaluation = update_s / 3 * evaluated_tokens(data.val, config.eval.tokens) / config.train.batch_tokens
+        return evaluation / config.eval.every + 12 * plan.n_parameters(model) / 3e8 / config.checkpoint.every
+
+    micro_batch = plan.micro_batch(config.train, config.model, rows, config.data.seq_len, device)
+    return plan.choose(config.train, rows=micro_batch, extra=extra, elapsed=elapsed, measure=measure, note=note, **fixed)
+
+
+def _rows(config: TrainConfig) -> int:
+    """Rows of one update."""
+    if config.train.batch_tokens % config.data.seq_len:
+        raise ValueError(f"train.batch_tokens ({config.train.batch_tokens}) must be a multiple of data.seq_len ({config.data.seq_len})")
+    return config.train.batch_tokens // config.data.seq_len
+
+
+def _unused(name: str) -> str:
+    """NAME-2, NAME-3, ...: the first that is free."""
+    return next(candidate for i in itertools.count(2) if not (RUNS / (candidate := f"{name}-{i}")).exists())
+
+
+def _public(config: TrainConfig) -> dict[str, object]:
+    """What a tracker may know: sizes and rates, no paths."""
+    hidden = ("name", "init_from", "data.path", "log.")
+    return {name: value for name, value in settings.flatten(config).items() if not name.startswith(hidden)}
+
+
+def _farewell(session: Session, console: Console) -> None:
+    """Say how it ended and what to type next."""
+    best = session.run.best(session.saves.steps())
+    scores = {line["step"]: line["val_bpb"] for line in session.run.metrics() if line["kind"] == "eval"}
+    if best is not None:
+        console.print(f"best: {scores[best]:.4f} bits/byte at step {best}, {session.saves.path(best)}", highlight=False)
+    console.print(f'next: python sample.py {session.run.path} --prompt "..."', highlight=False)

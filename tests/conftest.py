@@ -1,0 +1,73 @@
+"""Small shared beginnings: models with visible weights, random tokens, and data sets of any shape held in memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from gpt.model import GPT, ModelConfig, init_weights
+
+settings.register_profile("house", deadline=None, derandomize=True)  # a failure repeats, on a busy machine too
+settings.load_profile("house")
+
+Build = Callable[..., GPT]
+Tokens = Callable[..., Tensor]
+
+
+@pytest.fixture
+def build() -> Build:
+    """build(**settings): a two-layer decoder with weights large enough for every path to show in its logits."""
+
+    def make(*, seed: int = 1, **settings: object) -> GPT:
+        small = {"vocab_size": 64, "max_seq_len": 32, "n_layer": 2, "d_model": 32, "n_head": 4, "init_std": 0.3}
+        model = GPT(ModelConfig(**(small | settings)))
+        init_weights(model, seed)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    """tokens(*shape, seed=0): random ids below 64."""
+    return lambda *shape, seed=0: torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """What loaders ask of a TokenSet, over documents of the given lengths: start token 0, and ids that never repeat."""
+
+    lengths: Sequence[int]
+    start_id: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        return np.cumsum([0, *self.lengths[:-1]])
+
+    @property
+    def document_bytes(self) -> np.ndarray:
+        return 10 * np.array(self.lengths)
+
+    @property
+    def ids(self) -> np.ndarray:
+        ids = 1 + np.arange(self.n_tokens)
+        ids[self.document_starts] = self.start_id
+        return ids
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert start >= 0 and count >= 0 and start + count <= self.n_tokens, (start, count, self.n_tokens)
+        return self.ids[start : start + count]
+
+
+@pytest.fixture(scope="session")
+def split() -> Callable[..., MemorySplit]:
+    """split(3, 5): a split of a document of 3 tokens and one of 5, start tokens included."""
+    return lambda *lengths: MemorySplit(lengths)

@@ -1,0 +1,93 @@
+"""The key/value cache: decoding with it is the full forward pass, whatever the lengths and however often rewound."""
+
+import pytest
+import torch
+from conftest import Build, Tokens
+
+from gpt.model import GPT
+
+SHAPES = {
+    "llama": {"n_kv_head": 2, "qk_norm": False},
+    "qwen3, odd heads": {"n_kv_head": 1, "head_dim": 6, "qk_norm": True},
+    "plain": {"norm": "layernorm", "mlp": "gelu", "attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+def model(request: pytest.FixtureRequest, build: Build) -> GPT:
+    return build(**request.param)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 12, [5, 1, 1, 5], [11, 1]], ids=["one by one", "in pieces", "prefill and one"])
+@torch.inference_mode()
+def test_decoding_with_cache_equals_the_full_forward(model: GPT, tokens: Tokens, cuts: list[int]) -> None:
+    x = tokens(3, 12)
+    cache = model.new_cache(3, 12)
+    pieces = torch.cat([model(part, cache=cache) for part in x.split(cuts, dim=1)], dim=1)
+    torch.testing.assert_close(pieces, model(x), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_rows_of_unequal_length_decode_as_each_alone(model: GPT, tokens: Tokens) -> None:
+    x, lengths = tokens(3, 12), torch.tensor([2, 7, 5])
+    cache = model.new_cache(3, 12)
+    model(x[:, :7], cache=cache)  # shorter rows are padded with tokens that are not theirs
+    cache.rewind(lengths)
+    steps = [model(x[torch.arange(3), lengths + i][:, None], cache=cache)[:, -1] for i in range(4)]
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(x[row : row + 1, : length + 4])[0, length:]
+        torch.testing.assert_close(torch.stack([step[row] for step in steps]), alone, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_rows_of_unequal_length_take_several_tokens_at_once(model: GPT, tokens: Tokens) -> None:
+    x, lengths = tokens(2, 12), torch.tensor([3, 6])
+    cache = model.new_cache(2, 12)
+    model(x[:, :6], cache=cache)
+    cache.rewind(lengths)
+    more = torch.stack([x[row, length : length + 4] for row, length in enumerate(lengths.tolist())])
+    out = model(more, cache=cache)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(x[row : row + 1, : length + 4])[0, length:]
+        torch.testing.assert_close(out[row], alone, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_rewound_cache_has_forgotten_what_came_after(model: GPT, tokens: Tokens) -> None:
+    x = tokens(2, 10)
+    cache = model.new_cache(2, 16)
+    model(x[:, :4], cache=cache)
+    model(tokens(2, 12, seed=9), cache=cache)
+    cache.rewind(torch.tensor([4, 4]))
+    torch.testing.assert_close(model(x[:, 4:], cache=cache), model(x)[:, 4:], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_cache_rewound_to_nothing_is_as_new(model: GPT, tokens: Tokens) -> None:
+    x = tokens(2, 6)
+    cache = model.new_cache(2, 8)
+    model(tokens(2, 8, seed=9), cache=cache)
+    cache.rewind(torch.tensor([5, 2]))
+    cache.rewind(torch.tensor([0, 0]))
+    torch.testing.assert_close(model(x, cache=cache), model(x), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_what_stands_past_a_rows_length_is_never_attended(model: GPT, tokens: Tokens) -> None:
+    x = tokens(2, 8)
+    cache = model.new_cache(2, 16)
+    model(x, cache=cache)
+    cache.rewind(torch.tensor([3, 8]))
+    cache.k_LBGSD[:, 0, :, 3:] = 1e4
+    cache.v_LBGSD[:, 0, :, 3:] = 1e4
+    out = model(x[:, 3:4], cache=cache)
+    torch.testing.assert_close(out[0, 0], model(x[:1, :4])[0, 3], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_more_than_the_cache_holds_is_refused_with_the_numbers(build: Build, tokens: Tokens) -> None:
+    model = build()
+    cache = model.new_cache(1, 4)
+    model(tokens(1, 3), cache=cache)
+    with pytest.raises(ValueError, match="5 positions do not fit max_len 4"):
+        model(tokens(1, 2), cache=cache)

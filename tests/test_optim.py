@@ -1,0 +1,199 @@
+"""Optimizers: Muon against torch's, what decays, and state that survives being written down."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from gpt.model import GPT
+from gpt.optim import Muon, OptimConfig, Optimizer, orthogonalize
+
+Build = Callable[..., GPT]
+KINDS = {
+    "adamw": OptimConfig(kind="adamw", lr=1e-2),
+    "muon": OptimConfig(kind="muon", lr=2e-2, adamw_lr=3e-3, weight_decay=0.05),
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def config(request: pytest.FixtureRequest) -> OptimConfig:
+    return request.param
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def walk(model: GPT, optimizer: Optimizer, steps: range) -> None:
+    """Updates with gradients that depend on the step alone."""
+    for step in steps:
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = normal(*parameter.shape, seed=1000 * step + i)
+        optimizer.step(1.0 / step)
+
+
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32), (1, 8)])
+def test_orthogonalizing_brings_every_singular_value_near_one(shape: tuple[int, int]) -> None:
+    u, _, vh = torch.linalg.svd(normal(3, *shape), full_matrices=False)
+    spread = torch.linspace(0.1, 1.0, min(shape))
+    near = orthogonalize(u * spread @ vh).float()
+    values = torch.linalg.svdvals(near)
+    assert values.min() > 0.6 and values.max() < 1.3
+    turned = u.mT @ near @ vh.mT  # diagonal: the singular vectors are those of the input
+    assert (turned - turned.diagonal(dim1=1, dim2=2).diag_embed()).abs().max() < 0.05
+
+
+def test_orthogonalizing_forgets_the_scale_and_survives_zero() -> None:
+    g = normal(1, 16, 32)
+    torch.testing.assert_close(orthogonalize(1e3 * g), orthogonalize(g), atol=0.05, rtol=0)
+    assert not orthogonalize(torch.zeros(2, 8, 8)).any()
+
+
+def test_muon_makes_torchs_updates() -> None:
+    shapes = [(48, 16), (16, 48), (32, 32), (48, 16)]
+    ours = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    start = [parameter.detach().clone() for parameter in ours]
+    mine = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
+    torchs = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="original")
+    for step in range(1, 6):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = normal(*a.shape, seed=100 * step + i)
+            b.grad = a.grad.clone()
+        mine.step()
+        torchs.step()
+        for a, b, first in zip(ours, theirs, start, strict=True):
+            assert (a - b).norm() < 0.01 * (b - first).norm()  # bf16 products in another order
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.state[a]["momentum_buffer"], torchs.state[b]["momentum_buffer"])
+
+
+# Who is updated by what
+
+
+def decays(optimizer: Optimizer) -> dict[str, tuple[str, float]]:
+    """Parameter name -> (its optimizer, its weight decay)."""
+    return {
+        optimizer.names[parameter]: (type(part).__name__, group["weight_decay"])
+        for part in optimizer.parts
+        for group in part.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_and_norms_biases_and_embeddings_do_not(build: Build, config: OptimConfig, tied: bool) -> None:
+    model = build(tie_embeddings=tied, attention_bias=True, mlp_bias=True)
+    found = decays(Optimizer(model, config))
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for name, (_, decay) in found.items():
+        matrix = name.endswith("_proj.weight") or name == "lm_head.weight"
+        assert decay == (config.weight_decay if matrix else 0), name
+
+
+def test_muon_moves_the_matrices_of_the_blocks_alone(build: Build) -> None:
+    found = decays(Optimizer(build(tie_embeddings=False), KINDS["muon"]))
+    assert {name for name, (part, _) in found.items() if part == "Muon"} == {
+        name for name in found if name.endswith("_proj.weight")
+    }
+
+
+def test_every_parameter_is_updated_once(build: Build, config: OptimConfig) -> None:
+    model = build(tie_embeddings=False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = Optimizer(model, config)
+    walk(model, optimizer, range(1, 2))
+    assert sum(len(group["params"]) for part in optimizer.parts for group in part.param_groups) == len(before)
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_adamw_makes_the_updates_of_the_paper(build: Build) -> None:
+    config = OptimConfig(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
+    model = build()
+    name, weight = "model.layers.0.mlp.up_proj.weight", model.model.layers[0].mlp.up_proj.weight  # type: ignore[union-attr]
+    index = [n for n, _ in model.named_parameters()].index(name)
+    w, m, v = weight.detach().double(), torch.zeros(()), torch.zeros(())
+    walk(model, Optimizer(model, config), range(1, 4))
+    for step in range(1, 4):
+        g, lr = normal(*w.shape, seed=1000 * step + index).double(), 1e-2 / step
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        w = w * (1 - lr * 0.1) - lr * (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.detach().double(), w, rtol=0, atol=1e-6)
+
+
+def test_a_factor_of_zero_moves_nothing_and_is_not_remembered(build: Build, config: OptimConfig) -> None:
+    model = build()
+    optimizer = Optimizer(model, config)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    walk(model, optimizer, range(2, 3))
+    rates = [group["lr"] for part in optimizer.parts for group in part.param_groups]
+    assert sorted(set(rates)) == sorted({config.lr / 2, (config.adamw_lr or config.lr) / 2})
+
+
+# State
+
+
+def test_updates_go_on_bit_for_bit_from_written_state(build: Build, config: OptimConfig) -> None:
+    straight = build()
+    walk(straight, first := Optimizer(straight, config), range(1, 4))
+    weights = {name: value.clone() for name, value in straight.state_dict().items()}
+    state = {name: value.clone() for name, value in first.state().items()}
+    walk(straight, first, range(4, 7))
+
+    resumed = build(seed=9)
+    resumed.load_state_dict(weights)
+    second = Optimizer(resumed, config)
+    second.load_state(state)
+    walk(resumed, second, range(4, 7))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert first.state().keys() == second.state().keys()
+    assert all(torch.equal(value, second.state()[name]) for name, value in first.state().items())
+
+
+def test_loaded_state_is_a_copy(build: Build, config: OptimConfig) -> None:
+    model = build()
+    walk(model, optimizer := Optimizer(model, config), range(1, 2))
+    state = {name: value.clone() for name, value in optimizer.state().items()}
+    kept = {name: value.clone() for name, value in state.items()}
+    again = Optimizer(model, config)
+    again.load_state(state)
+    walk(model, again, range(2, 4))
+    assert all(torch.equal(state[name], kept[name]) for name in state)
+
+
+def test_state_is_named_by_parameter(build: Build) -> None:
+    model = build()
+    assert Optimizer(model, KINDS["muon"]).state() == {}
+    walk(model, optimizer := Optimizer(model, KINDS["muon"]), range(1, 2))
+    state, norm = optimizer.state(), "model.norm.weight"
+    assert {f"{norm}:step", f"{norm}:exp_avg", f"{norm}:exp_avg_sq"} < state.keys()
+    assert "model.layers.1.mlp.down_proj.weight:momentum_buffer" in state
+    assert state[f"{norm}:step"].item() == 1
+
+
+def test_state_of_another_model_is_refused_by_name(build: Build) -> None:
+    optimizer = Optimizer(build(), KINDS["adamw"])
+    with pytest.raises(ValueError, match=r"'model\.layers\.7\.up\.weight:exp_avg' belongs to no parameter"):
+        optimizer.load_state({"model.layers.7.up.weight:exp_avg": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight:exp_avg' has shape \(3,\), the parameter \(32,\)"):
+        optimizer.load_state({"model.norm.weight:exp_avg": torch.zeros(3)})
+
+
+# Settings
+
+
+def test_contradictory_settings_are_refused_with_their_values() -> None:
+    with pytest.raises(ValidationError, match=r"adamw_lr \(0.1\) is for kind 'muon'"):
+        OptimConfig(kind="adamw", adamw_lr=0.1)
+    with pytest.raises(ValidationError, match=r"betas \(0.9, 1.0\) must lie in \[0, 1\)"):
+        OptimConfig(betas=(0.9, 1.0))

@@ -1,0 +1,267 @@
+"""Choices before step 1: one budget, measured speeds turned into steps, and every automatic choice with its reason."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from gpt import plan, runtime
+from gpt.model import GPT, ModelConfig
+from gpt.plan import Choices, TrainingConfig, choose
+
+Build = Callable[..., GPT]
+MINUTE = 60.0
+
+
+@dataclass
+class Machine:
+    """A machine of known speed: what `choose` is told of it, and a record of what it asked and said."""
+
+    eager_s: float = 1.0
+    compiled_s: float = 0.5
+    most_rows: int = 10**9
+    compile_error: Exception | None = None
+    calls: list[tuple[int, bool]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def measure(self, rows: int, compiled: bool) -> float:
+        self.calls.append((rows, compiled))
+        if compiled and self.compile_error is not None:
+            raise self.compile_error
+        if rows > self.most_rows:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.compiled_s if compiled else self.eager_s
+
+    def choose(
+        self,
+        *,
+        rows: int = 8,
+        device: str = "cpu",
+        extra: Callable[[float], float] = lambda seconds: 0.0,
+        elapsed: float = 0.0,
+        **settings: object,
+    ) -> Choices:
+        return choose(
+            TrainingConfig(**settings),  # type: ignore[arg-type]
+            rows=rows,
+            device=device,
+            dtype="float32",
+            threads=2,
+            data="fingerprint",
+            extra=extra,
+            elapsed=lambda: elapsed,
+            measure=self.measure,
+            note=self.notes.append,
+        )
+
+    def said(self, words: str) -> list[str]:
+        return [note for note in self.notes if words in note]
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "compiler_missing", lambda: None)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("budget", "got"),
+    [
+        ({}, "got none"),
+        ({"steps": 10, "tokens": 100}, r"got steps \(10\), tokens \(100\)"),
+        ({"steps": 10, "time": 60.0}, r"got steps \(10\), time \(60.0\)"),
+        ({"steps": 1, "tokens": 2, "time": 3.0}, r"got steps \(1\), tokens \(2\), time \(3.0\)"),
+    ],
+)
+def test_a_budget_is_exactly_one_of_three(budget: dict[str, float], got: str) -> None:
+    with pytest.raises(ValidationError, match=f"exactly one of steps, tokens and time .*{got}"):
+        TrainingConfig(**budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["micro_batch", "threads"])
+def test_counts_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{name} \(0\) must be at least 1"):
+        TrainingConfig(steps=1, **{name: 0})  # type: ignore[arg-type]
+
+
+# Steps
+
+
+def test_steps_are_as_set_and_tokens_are_rounded_up_to_whole_steps() -> None:
+    machine = Machine()
+    assert machine.choose(steps=7, compile=False).steps == 7
+    assert machine.choose(tokens=1000, batch_tokens=100, compile=False).steps == 10
+    assert machine.choose(tokens=1001, batch_tokens=100, compile=False).steps == 11
+    assert machine.calls == []  # nothing that was asked depends on speed
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_time_budget_is_filled_with_steps_of_the_measured_speed(compiled: bool) -> None:
+    machine = Machine(eager_s=0.25, compiled_s=0.125)
+    choices = machine.choose(time=100.0, compile=compiled, elapsed=10.0, extra=lambda seconds: seconds / 2)
+    assert choices.steps == int(90 / (0.1875 if compiled else 0.375))
+    assert machine.calls == [(8, compiled)]
+    assert machine.notes == [f"budget: 100 s are {choices.steps} steps at {125 if compiled else 250} ms"]
+
+
+def test_a_time_budget_already_spent_still_makes_a_step() -> None:
+    assert Machine().choose(time=5.0, compile=False, elapsed=9.0).steps == 1
+
+
+def test_the_record_holds_what_was_given_and_what_repeats_a_run() -> None:
+    choices = Machine().choose(steps=3, compile=False)
+    assert (choices.device, choices.dtype, choices.threads, choices.data) == ("cpu", "float32", 2, "fingerprint")
+    assert {"torch": choices.torch, "cpu": choices.cpu} == runtime.describe()
+
+
+# Compilation
+
+
+@pytest.mark.parametrize(
+    ("settings", "compiled"),
+    [
+        ({"time": 2 * MINUTE}, False),
+        ({"time": 10 * MINUTE}, True),
+        ({"steps": 100}, False),
+        ({"steps": 1000}, True),
+        ({"tokens": 100 * 16384}, False),
+        ({"tokens": 1000 * 16384}, True),
+    ],
+)
+def test_a_cpu_compiles_where_training_is_long_enough_and_says_so(settings: dict[str, float], compiled: bool) -> None:
+    machine = Machine()
+    assert machine.choose(**settings).compile is compiled
+    (note,) = machine.said("compile:")
+    assert note.startswith("compile: yes (about" if compiled else "compile: no (about")
+    assert ("do not repay" in note) is not compiled
+
+
+def test_a_cpu_without_a_compiler_does_not_try_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "compiler_missing", lambda: "no C++ compiler (g++) found")
+    machine = Machine()
+    assert not machine.choose(steps=10**6).compile
+    assert machine.notes == ["compile: no (no C++ compiler (g++) found)"]
+    assert (8, True) not in machine.calls
+
+
+def test_a_gpu_compiles_without_being_asked() -> None:
+    machine = Machine()
+    assert machine.choose(steps=1, device="cuda").compile
+    assert machine.calls == [(8, True)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compilation_as_set_is_obeyed(device: str) -> None:
+    assert Machine().choose(steps=1, device=device, compile=True).compile
+    assert not Machine().choose(steps=10**6, device=device, compile=False).compile
+
+
+@pytest.mark.parametrize("error", [RuntimeError("\n g++: exit 1\nat line 3"), ImportError("g++: exit 1")])
+def test_compilation_that_fails_falls_back_to_eager_with_one_reason(error: Exception) -> None:
+    machine = Machine(compile_error=error)
+    choices = machine.choose(time=10 * MINUTE)
+    assert not choices.compile
+    assert choices.steps == 600  # of eager speed
+    assert machine.said("it failed") == ["compile: no, running eagerly (it failed: g++: exit 1)"]
+
+
+def test_a_failed_compilation_as_set_is_budgeted_at_eager_speed() -> None:
+    machine = Machine(compile_error=RuntimeError("g++: exit 1"), eager_s=0.25)
+    assert machine.choose(time=MINUTE, compile=True).steps == 240
+    assert machine.calls == [(8, True), (8, False)]
+
+
+def test_an_error_without_words_is_named_by_its_kind() -> None:
+    machine = Machine(compile_error=RuntimeError())
+    assert not machine.choose(steps=1, compile=True).compile
+    assert machine.said("it failed") == ["compile: no, running eagerly (it failed: RuntimeError)"]
+
+
+# Micro-batches
+
+
+def test_out_of_memory_goes_down_the_divisors_by_halves_and_says_so() -> None:
+    machine = Machine(most_rows=4)
+    assert machine.choose(rows=18, time=MINUTE, compile=False).micro_batch == 3
+    assert [rows for rows, _ in machine.calls] == [18, 9, 3]
+    assert machine.said("out of memory") == [f"micro_batch: out of memory, trying {rows} rows" for rows in (9, 3)]
+
+
+def test_one_row_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Machine(most_rows=0).choose(rows=4, time=MINUTE, compile=False)
+
+
+def rows(config: TrainingConfig, n_rows: int, free: int, device: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(runtime, "free_memory_bytes", lambda device: free)
+    return plan.micro_batch(config, ModelConfig(n_layer=10, d_model=100, n_head=1), n_rows, 64, device)
+
+
+def test_a_micro_batch_as_set_must_divide_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows(TrainingConfig(steps=1, micro_batch=6), 12, 0, "cpu", monkeypatch) == 6
+    with pytest.raises(ValueError, match=r"train\.micro_batch \(5\) must divide the batch's 12 rows"):
+        rows(TrainingConfig(steps=1, micro_batch=5), 12, 0, "cpu", monkeypatch)
+
+
+def test_an_automatic_micro_batch_is_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, row_bytes = TrainingConfig(steps=1), 2 * 64 * 68 * 100 * 10  # half of the free memory may be used
+    assert rows(config, 12, 100 * row_bytes, "cuda", monkeypatch) == 12
+    assert rows(config, 12, 11 * row_bytes, "cuda", monkeypatch) == 6
+    assert rows(config, 12, 5 * row_bytes, "cuda", monkeypatch) == 4
+    assert rows(config, 12, 0, "cuda", monkeypatch) == 1
+    assert rows(config, 1000, 10**15, "cpu", monkeypatch) * 64 <= plan.CPU_MICRO_BATCH_TOKENS
+    assert rows(config, 128, 10**15, "cpu", monkeypatch) == 64
+
+
+# The machine
+
+
+def test_the_machine_is_chosen_with_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "best_device", lambda: ("cpu", "2 cores"))
+    monkeypatch.setattr(runtime, "n_cores", lambda: 2)
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx512_bf16"})
+    assert plan.machine(TrainingConfig(steps=1)) == (
+        "cpu",
+        "bfloat16",
+        2,
+        "cpu (2 cores), bfloat16 (the CPU has avx512_bf16), 2 threads",
+    )
+    settings = TrainingConfig(steps=1, device="cpu", dtype="float32", threads=1)
+    assert plan.machine(settings)[:3] == ("cpu", "float32", 1)
+    with pytest.raises(ValueError, match="device 'abacus' is not available"):
+        plan.machine(TrainingConfig(steps=1, device="abacus"))
+
+
+# Costs
+
+
+def test_parameters_of_gpt2_are_counted_exactly() -> None:
+    config = ModelConfig(
+        vocab_size=50_257, max_seq_len=1024, n_layer=12, d_model=768, n_head=12, d_ff=3072, mlp="gelu",
+        norm="layernorm", qk_norm=False, attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert plan.n_parameters(GPT(config)) == 124_439_808 - 1024 * 768  # the paper's model learns its positions
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_of_a_token_are_those_counted_by_hand(build: Build, tied: bool) -> None:
+    model = build(n_kv_head=2, d_ff=48, tie_embeddings=tied)  # C 32, H 4, G 2, D 8, F 48, V 64, L 2
+    attention, mlp, head = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 32 * 64
+    assert plan.flops_per_token(model, seq_len=10) == 6 * (2 * (attention + mlp) + head) + 2 * 12 * 32 * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("Abacus", None)],
+)
+def test_peaks_are_those_of_the_card_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert plan.peak_flops("cuda") == peak
+    assert plan.peak_flops("cpu") is None

@@ -1,0 +1,147 @@
+"""The machine: one source of randomness, and choices of device and dtype that say why."""
+
+import re
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils import deterministic
+
+from gpt import runtime
+
+
+@pytest.fixture
+def machine_restored() -> Iterator[None]:
+    kept = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    yield
+    torch.set_num_threads(kept[0])
+    torch.set_float32_matmul_precision(kept[1])
+    torch.use_deterministic_algorithms(kept[2])
+    deterministic.fill_uninitialized_memory = fill
+
+
+# Randomness
+
+
+@given(
+    seed=st.integers(-(2**70), 2**70), step=st.integers(0, 2**40), purpose=st.text(), micro_batch=st.integers(0, 999)
+)
+def test_a_key_has_63_bits_and_is_a_pure_function(seed: int, step: int, purpose: str, micro_batch: int) -> None:
+    first = runtime.key(seed, step, purpose, micro_batch)
+    torch.manual_seed(first)  # takes it
+    assert 0 <= first < 2**63
+    assert runtime.key(seed, step, purpose, micro_batch) == first
+
+
+def test_keys_are_the_same_on_every_machine_and_in_every_version() -> None:
+    assert runtime.key(1337, 1, "dropout", 2) == 4368036639757114491
+    assert runtime.key(0, 0, "init") == 6551482779054000193
+
+
+def test_keys_of_other_seeds_steps_purposes_and_micro_batches_differ() -> None:
+    keys = {
+        runtime.key(seed, step, purpose, micro_batch)
+        for seed in range(12)
+        for step in range(12)
+        for purpose in ("dropout", "order", "shift", "1", "1/1")
+        for micro_batch in range(12)
+    }
+    assert len(keys) == 12 * 12 * 5 * 12
+    assert any(key >= 2**62 for key in keys)
+
+
+# Device and dtype
+
+
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    runtime.check_device("cpu")
+    for device in ("cuda", "cuda:1", "mps", "tpu", ""):
+        words = re.escape(f"device '{device}' is not available here (there is: cpu)")
+        with pytest.raises(ValueError, match=words):
+            runtime.check_device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    runtime.check_device("cuda:0")
+    with pytest.raises(ValueError, match=r"there is: cpu, cuda"):
+        runtime.check_device("mps")
+
+
+def test_without_an_accelerator_the_cpu_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert runtime.best_device() == ("cpu", f"{runtime.n_cores()} cores")
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "why"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16"}, "bfloat16", "the CPU has avx512_bf16"),
+        ({"avx2", "amx_bf16"}, "bfloat16", "the CPU has amx_bf16"),
+        ({"avx2", "avx512f"}, "float32", "the CPU has no bfloat16 instructions"),
+        (set(), "float32", "the CPU has no bfloat16 instructions"),
+    ],
+)
+def test_cpus_compute_in_bf16_only_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, why: str
+) -> None:
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: flags)
+    assert runtime.best_dtype("cpu") == (dtype, why)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_gpus_compute_in_bf16_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert runtime.best_dtype("cuda:0")[0] == dtype
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    assert "g++" in (runtime.compiler_missing() or "")
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert runtime.compiler_missing() is None
+
+
+def test_a_lone_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert runtime.world_size() == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert runtime.world_size() == 4
+
+
+def test_the_description_changes_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx2", "sse"})
+    first = runtime.describe()
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx2", "avx512_bf16"})
+    assert runtime.describe() != first
+    assert first["torch"] == torch.__version__ and first["cpu"].endswith(" avx2")
+
+
+@pytest.mark.usefixtures("machine_restored")
+def test_setup_on_the_cpu_is_deterministic_with_the_threads_asked_for() -> None:
+    runtime.setup("cpu", 1)
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x @ x, (x.double() @ x.double()).float(), rtol=1e-5, atol=1e-4)  # still fp32 arithmetic
+
+
+def test_autocast_computes_products_in_the_dtype_and_fp32_is_none() -> None:
+    x = torch.ones(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with runtime.autocast("cpu", "bfloat16"):
+            assert (x @ x).dtype == torch.bfloat16
+        with runtime.autocast("cpu", "float32"):
+            assert (x @ x).dtype == torch.float32
+
+
+def test_memory_is_in_bytes() -> None:
+    assert 10 * 2**20 < runtime.peak_memory_bytes("cpu") < 2**40
+    assert 2**20 < runtime.free_memory_bytes("cpu") < 2**50

@@ -1,0 +1,259 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from gpt import config, prepare, signals, trainer
+from gpt.checkpoint import load_weights
+from gpt.trainer import TrainConfig, train, update
+
+CONSOLE = Console(quiet=True)
+SETTINGS = """
+name: tiny
+data: {path: data/tiny, seq_len: 32}
+model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}
+train: {steps: 12, batch_tokens: 256, micro_batch: 4, compile: false, threads: 1}
+optim: {kind: muon, lr: 0.02}
+eval: {every: 4, tokens: 2000}
+checkpoint: {every: 4, keep: 2}
+log: {every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared set of 200 short documents of a small grammar."""
+    root = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(1)
+    words = ["the cat", "a dog", "my bird", "sees", "hears", "likes", "the sun", "a tree", "the rain", "today", "never"]
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=30)) + "."}) for _ in range(200)]
+    (root / "text.jsonl").write_text("\n".join(lines))
+    (root / "tiny.yaml").write_text("input: [text.jsonl]\nvocab_size: 300\n")
+    recipe = prepare.load_recipe(root / "tiny.yaml", [f"input={root / 'text.jsonl'}"])
+    prepare.prepare(recipe, root / "tiny", console=CONSOLE)
+    return root / "tiny"
+
+
+@pytest.fixture
+def here(data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory where data/tiny is the prepared set."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tiny").symlink_to(data_set)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(SETTINGS)
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+
+
+def settings(*overrides: str) -> TrainConfig:
+    return config.load(TrainConfig, Path("tiny.yaml"), overrides)
+
+
+def metrics(name: str, kind: str) -> list[dict]:
+    lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def curve(name: str) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(name, "train")]
+
+
+def weights(name: str, step: int) -> bytes:
+    return Path("runs", name, "checkpoints", f"step_{step:08d}", "model.safetensors").read_bytes()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Request a stop as if a signal had come during update `step`."""
+    real, made = trainer.update, []
+
+    def counted(*args, **kwargs):
+        made.append(args[5])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "update", counted)
+    monkeypatch.setattr(signals, "stop_requested", lambda: "SIGTERM" if made and made[-1] == step else None)
+
+
+def test_training_lowers_the_validation_loss(here: Path) -> None:
+    train(settings("train.steps=40", "eval.every=20"), console=CONSOLE)
+    first, last = metrics("tiny", "eval")
+    assert last["val_bpb"] < first["val_bpb"] < 8
+    assert json.loads(Path("runs/tiny/status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(here: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    train(settings("name=whole", f"optim.kind={kind}"), console=CONSOLE)
+    for step in (1, 6, 11):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(signals.Stopped, match=f"step {step}"):
+                train(settings(f"optim.kind={kind}"), console=CONSOLE)
+        assert json.loads(Path("runs/tiny/status.json").read_text())["state"] == "preempted"
+    train(settings(f"optim.kind={kind}"), console=CONSOLE)
+    assert curve("tiny") == curve("whole")
+    assert weights("tiny", 12) == weights("whole", 12)
+    assert [(e["step"], e["val_bpb"]) for e in metrics("tiny", "eval")] == [(e["step"], e["val_bpb"]) for e in metrics("whole", "eval")]
+
+
+def test_every_step_stands_in_metrics_once_after_a_resume_from_an_older_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.update
+
+    def crashing(*args, **kwargs):
+        if args[5] == 7:
+            raise RuntimeError("power cut")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", crashing)
+        with pytest.raises(RuntimeError):
+            train(settings(), console=CONSOLE)
+    assert json.loads(Path("runs/tiny/status.json").read_text())["state"] == "failed"
+    train(settings(), console=CONSOLE)
+    assert [step for step, _, _ in curve("tiny")] == list(range(1, 13))
+
+
+def test_an_evaluation_that_was_due_after_the_last_save_is_made_up_on_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", crash)
+        with pytest.raises(MemoryError):
+            train(settings(), console=CONSOLE)
+    assert (here / "runs/tiny/checkpoints/step_00000004").is_dir()
+    train(settings(), console=CONSOLE)
+    assert [line["step"] for line in metrics("tiny", "eval")] == [4, 8, 12]
+
+
+def test_the_resolved_settings_train_the_same_run_again(here: Path) -> None:
+    train(settings(), console=CONSOLE)
+    again = config.load(TrainConfig, Path("runs/tiny/config.yaml"), ["name=again"])
+    train(again, console=CONSOLE)
+    assert weights("again", 12) == weights("tiny", 12)
+
+
+def test_other_settings_under_the_same_name_are_refused_with_the_difference(here: Path) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    with pytest.raises(ValueError, match=r"(?s)optim.lr: 0.02 -> 0.01.*name=NEW.*--fresh"):
+        train(settings("train.steps=4", "optim.lr=0.01"), console=CONSOLE)
+    train(settings("train.steps=4", "log.every=2"), console=CONSOLE)  # what changes no update is free
+
+
+def test_fresh_starts_beside_the_old_run(here: Path) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    before = weights("tiny", 4)
+    train(settings("train.steps=4", "seed=7"), fresh=True, console=CONSOLE)
+    assert weights("tiny", 4) == before != weights("tiny-2", 4)
+
+
+def test_a_run_in_use_is_refused(here: Path) -> None:
+    from gpt.run import RunDirectory
+
+    with RunDirectory(Path("runs"), "tiny").lock(), pytest.raises(ValueError, match="in use"):
+        train(settings(), console=CONSOLE)
+
+
+def test_micro_batches_do_not_change_the_objective(here: Path) -> None:
+    for rows in (1, 2, 8):
+        train(settings(f"name=rows{rows}", f"train.micro_batch={rows}", "model.dropout=0", "train.steps=3", "train.dtype=float32"), console=CONSOLE)
+    reference = curve("rows8")
+    for rows in (1, 2):
+        for (_, loss, norm), (_, loss8, norm8) in zip(curve(f"rows{rows}"), reference, strict=True):
+            assert loss == pytest.approx(loss8, rel=1e-4) and norm == pytest.approx(norm8, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight_and_writes_no_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.parallel.applied
+
+    def poisoned(objective, *, compile):
+        forward, calls = real(objective, compile=compile), []
+
+        def call(tokens, targets):
+            calls.append(1)
+            return forward(tokens, targets) * (float("nan") if len(calls) > 10 else 1.0)
+
+        return call
+
+    monkeypatch.setattr(trainer.parallel, "applied", poisoned)
+    with pytest.raises(FloatingPointError, match="step 6"):  # two micro-batches a step
+        train(settings(), console=CONSOLE)
+    saved = sorted(path.name for path in Path("runs/tiny/checkpoints").iterdir() if not path.name.startswith("."))
+    assert saved == ["step_00000004"]
+    assert all(torch.isfinite(value).all() for value in load_weights(Path("runs/tiny/checkpoints/step_00000004")).values())
+
+
+def test_update_leaves_the_weights_alone_when_the_gradient_is_not_finite(here: Path) -> None:
+    settled = settings()
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = trainer.Optimizer(model, config.load(TrainConfig, Path("tiny.yaml"), ["optim.kind=adamw"]).optim)
+    batch = trainer.Batch(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))
+    choices = trainer.Choices(
+        device="cpu", dtype="float32", compile=False, micro_batch=1, threads=1, steps=1, data="", torch="", cpu=""
+    )
+
+    def infinite_gradient(tokens, targets):
+        return (model.weight.sum() - before.sum()).abs().sqrt()  # zero, with slope infinity or NaN
+
+    with pytest.raises(FloatingPointError):
+        update(infinite_gradient, optimizer, batch, settled, choices, 1)
+    assert torch.equal(model.weight, before)
+
+
+def test_patience_ends_a_run_that_stopped_improving(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([3.0, 2.0, 2.5, 2.5, 1.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: trainer.Evaluation(1.0, next(scores)))
+    train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
+    assert [line["val_bpb"] for line in metrics("tiny", "eval")] == [3.0, 2.0, 2.5, 2.5]
+    status = json.loads(Path("runs/tiny/status.json").read_text())
+    assert status["state"] == "done" and status["step"] == 16
+    assert (here / "runs/tiny/checkpoints/step_00000008").is_dir(), "the best checkpoint is kept"
+    train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
+    assert len(metrics("tiny", "eval")) == 4, "a finished run stays finished"
+
+
+def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(here: Path) -> None:
+    train(settings("train.steps=40", "eval.every=40", "checkpoint.every=40"), console=CONSOLE)
+    before = weights("tiny", 40)
+    Path("tune.yaml").write_text(SETTINGS.replace("model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}", "init_from: runs/tiny"))
+    tune = config.load(TrainConfig, Path("tune.yaml"), ["name=tuned"])
+    train(tune, console=CONSOLE)
+    evals = metrics("tuned", "eval")
+    assert evals[0]["step"] == 0
+    assert evals[0]["val_bpb"] == pytest.approx(metrics("tiny", "eval")[-1]["val_bpb"], rel=1e-6)
+    assert weights("tiny", 40) == before
+    assert weights("tuned", 12) != before
+    train(tune, console=CONSOLE)  # and it resumes without complaint
+
+
+def test_a_model_section_beside_init_from_is_refused(here: Path) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    with pytest.raises(ValueError, match=r"remove model.d_model"):
+        train(settings("name=other", "init_from=runs/tiny"), console=CONSOLE)
+
+
+def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = config.load(TrainConfig, Path("tiny.yaml"), ["train.steps=null", "train.time=3s", "eval.every=1000"])
+    stop_at(monkeypatch, 5)
+    monkeypatch.setattr(trainer, "PROBE_UPDATES", 3)
+    with pytest.raises(signals.Stopped):
+        train(timed, console=CONSOLE)
+    steps = config.load(TrainConfig, Path("runs/tiny/config.yaml")).choices.steps
+    assert steps > 5
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    train(timed, console=CONSOLE)
+    assert metrics("tiny", "train")[-1]["step"] == steps
+
+
+def test_another_data_set_under_the_same_path_is_refused_on_resume(here: Path, data_set: Path) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    (here / "data" / "tiny").unlink()
+    recipe = prepare.load_recipe(data_set.parent / "tiny.yaml", [f"input={data_set.parent / 'text.jsonl'}", "vocab_size=290"])
+    prepare.prepare(recipe, here / "data" / "tiny", console=CONSOLE)
+    with pytest.raises(ValueError, match="fingerprint"):
+        train(settings("train.steps=4"), console=CONSOLE)

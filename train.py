@@ -1,0 +1,54 @@
+"""Train a language model from a settings file.
+
+    python train.py configs/quickstart.yaml [section.key=value ...]
+
+The same command continues a run that was stopped. A missing data set is prepared first if data/ holds its recipe.
+"""
+
+from gpt import signals  # first: a stop request during the imports below must not be lost
+
+import argparse
+from pathlib import Path
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a language model from a settings file; run it again to continue.")
+    parser.add_argument("config", type=Path, nargs="?", help="a settings file, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--fresh", action="store_true", help="start NAME-2 beside an existing run instead of continuing it")
+    parser.add_argument("--print", action="store_true", help="print the settings, defaults included, and stop")
+    parser.add_argument("--keys", nargs="?", const="", metavar="PREFIX", help="print every setting with type, default and meaning, and stop")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    from rich.console import Console
+    from rich.table import Table
+
+    from gpt import config, prepare
+    from gpt.trainer import TrainConfig, train
+
+    if args.keys is not None:
+        table = Table("setting", "type", "default", "meaning", box=None)
+        for row in config.describe(TrainConfig, args.keys):
+            table.add_row(*map(str, row))
+        Console().print(table)
+        return
+    if args.config is None:
+        raise ValueError("name a settings file, for example: python train.py configs/quickstart.yaml")
+    settings = config.load(TrainConfig, args.config, args.overrides, {"name": args.config.stem})
+    if args.print:
+        print(config.dump(settings), end="")
+        return
+    console = Console()
+    out, recipe = Path(settings.data.path), Path(f"{settings.data.path}.yaml")
+    if not out.exists() and recipe.exists():
+        console.print(f"{out} is not prepared yet: python data/prepare.py {recipe}", highlight=False)
+        prepare.prepare(prepare.load_recipe(recipe, []), out, console=console)
+    train(settings, fresh=args.fresh, console=console)
+
+
+if __name__ == "__main__":
+    signals.run(main)

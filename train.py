@@ -5,19 +5,29 @@
 The same command continues a run that was stopped. A missing data set is prepared first if data/ holds its recipe.
 """
 
-from gpt import signals  # first: a stop request during the imports below must not be lost
-
 import argparse
 from pathlib import Path
 
+from gpt import signals
+
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a language model from a settings file; run it again to continue.")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a language model from a settings file; run it again to continue."
+    )
     parser.add_argument("config", type=Path, nargs="?", help="a settings file, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--fresh", action="store_true", help="start NAME-2 beside an existing run instead of continuing it")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start NAME-2 beside an existing run instead of continuing it"
+    )
     parser.add_argument("--print", action="store_true", help="print the settings, defaults included, and stop")
-    parser.add_argument("--keys", nargs="?", const="", metavar="PREFIX", help="print every setting with type, default and meaning, and stop")
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="PREFIX",
+        help="print every setting with type, default and meaning, and stop",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 

@@ -9,10 +9,9 @@ A data set that is up to date is left alone; an interrupted preparation continue
 import sys
 from pathlib import Path
 
-if __package__ is None and (root := str(Path(__file__).resolve().parent.parent)) not in sys.path:
-    sys.path.insert(0, root)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpt import signals  # first of the imports that may be long: a stop request during them must not be lost
+from gpt import signals  # isort: skip  (before what takes long to import: a stop request must not be lost)
 
 import argparse
 import json
@@ -22,16 +21,26 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="data/prepare.py", description="Prepare text for training: a tokenizer and token shards in one directory."
     )
-    parser.add_argument("input", nargs="*", metavar="INPUT | RECIPE.yaml [key=value]", help="what to read, or a recipe and its changes")
+    parser.add_argument(
+        "input", nargs="*", metavar="INPUT | RECIPE.yaml [key=value]", help="what to read, or a recipe and its changes"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the data set to make, for example data/mine")
     vocabulary = parser.add_mutually_exclusive_group()
-    vocabulary.add_argument("--vocab-size", metavar="N", help="entries of the tokenizer to train; follows the corpus by default")
-    vocabulary.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer.json, or that of a data set, checkpoint or run")
-    parser.add_argument("--val-fraction", metavar="F", help="part of the bytes held out for validation; 0.1 by default")
+    vocabulary.add_argument(
+        "--vocab-size", metavar="N", help="entries of the tokenizer to train; follows the corpus by default"
+    )
+    vocabulary.add_argument(
+        "--tokenizer", metavar="PATH", help="use this tokenizer.json, or that of a data set, checkpoint or run"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, metavar="F", help="part of the bytes held out for validation; 0.1 by default"
+    )
     parser.add_argument("--on-bad-record", choices=["error", "skip"], help="what to do with text that cannot be read")
-    parser.add_argument("--workers", metavar="N", help="processes; all cores by default")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; all cores by default")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set made from other text or settings")
-    parser.add_argument("--keys", action="store_true", help="print the settings of a recipe with type, default and meaning")
+    parser.add_argument(
+        "--keys", action="store_true", help="print the settings of a recipe with type, default and meaning"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -51,17 +60,21 @@ def main(argv: list[str]) -> None:
         console.print(table)
         return
     if not args.input:
-        raise ValueError("name what to read: python data/prepare.py INPUT... --out data/NAME, or a recipe: data/quickstart.yaml")
-    recipe = Path(args.input[0]) if args.input[0].endswith((".yaml", ".yml")) else None
-    if recipe is None and args.out is None:
-        raise ValueError(f"name the data set to make: python data/prepare.py {' '.join(args.input)} --out data/NAME")
+        raise ValueError(
+            "name what to read: python data/prepare.py INPUT... --out data/NAME, or a recipe: data/quickstart.yaml"
+        )
     named = ("vocab_size", "tokenizer", "val_fraction", "on_bad_record", "workers")
-    changes = [f"{name}={json.dumps(value) if name == 'tokenizer' else value}" for name in named if (value := getattr(args, name)) is not None]
-    if recipe is None:
-        settings = config.load(prepare.PrepareConfig, None, [f"input={json.dumps(args.input)}", *changes])
-    else:
+    changes = [f"{name}={json.dumps(text)}" for name in named if (text := getattr(args, name)) is not None]
+    if args.input[0].endswith((".yaml", ".yml")):
+        recipe = Path(args.input[0])
         settings = prepare.load_recipe(recipe, [*args.input[1:], *changes])
-    prepare.prepare(settings, args.out or recipe.with_suffix(""), console=console, overwrite=args.overwrite)
+        out = args.out or recipe.with_suffix("")
+    elif args.out is None:
+        raise ValueError(f"name the data set to make: python data/prepare.py {' '.join(args.input)} --out data/NAME")
+    else:
+        settings = config.load(prepare.PrepareConfig, None, [f"input={json.dumps(args.input)}", *changes])
+        out = args.out
+    prepare.prepare(settings, out, console=console, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

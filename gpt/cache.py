@@ -52,7 +52,7 @@ class KVCache:
         return self.k_LBGSD[layer, :, :, :end], self.v_LBGSD[layer, :, :, :end]
 
     def visible(self, positions: Tensor) -> Tensor | None:
-        """(B, 1, T, S) bool: the keys each query at `positions` (B, T) may see; None where it may see all (T = 1, even rows)."""
+        """(B, 1, T, S) bool: the keys each query at `positions` (B, T) may see; None: all (even rows, T = 1)."""
         n_tokens = positions.shape[1]
         if self._even and n_tokens == 1:
             return None

@@ -102,7 +102,9 @@ def verify(path: Path) -> None:
     for name, sha256 in files.items():
         file = path / name
         if Path(name).name != name or file.is_symlink():
-            raise CorruptError(f"{path / MANIFEST} names '{name}', which is not a plain file beside it; {_advice(path)}")
+            raise CorruptError(
+                f"{path / MANIFEST} names '{name}', which is not a plain file beside it; {_advice(path)}"
+            )
         if not file.is_file():
             raise CorruptError(f"{file} is missing; {_advice(path)}")
         if durable.sha256_file(file) != sha256:

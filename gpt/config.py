@@ -46,8 +46,12 @@ def _count(value: object) -> object:
 
 def _duration(value: object) -> object:
     """Seconds, perhaps written 90s, 3m, 2h or 1d."""
-    match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([smhd]?)", value) if isinstance(value, str) else None
-    return value if match is None else float(match[1]) * TIME_UNITS[match[2]]
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([smhd]?)", value)
+    if match is None:
+        raise ValueError(f"expected seconds, or a duration such as 90s, 3m, 2h or 1d, got '{value}'")
+    return float(match[1]) * TIME_UNITS[match[2]]
 
 
 Count = Annotated[int, BeforeValidator(_count)]
@@ -172,8 +176,16 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, anchors and tags: what is written is what is meant."""
 
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise ScannerError(None, None, "an escape that is half a character (a surrogate)", node.start_mark)
+        return node
+
     def refuse(self) -> NoReturn:
-        problem = "'*', '&' and '!' have a meaning in YAML that settings do not use; put quotes around text that starts so"
+        problem = (
+            "'*', '&' and '!' have a meaning in YAML that settings do not use; put quotes around text that starts so"
+        )
         raise ScannerError(None, None, problem, self.get_mark())
 
     fetch_alias = fetch_anchor = fetch_tag = refuse
@@ -182,14 +194,17 @@ class _Loader(yaml.SafeLoader):
 def _parse(text: str, name: str, place: Callable[[int], str]) -> yaml.Node | None:
     """The one YAML document in `text`, None if it is empty; ConfigError with the line if it is not YAML."""
     try:
-        text.encode()  # an override's bytes, or an escape, can hold what no file may
+        text.encode()  # the bytes of an argument need not be UTF-8
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        problem = str(error.problem).replace("character '\\t' that", "a tab, which")
+        problem = str(error.problem).replace("character '\\t' that cannot start any token", "a tab; indent with spaces")
+        problem = f"{error.context}, {problem}" if problem.startswith("but ") else problem
         raise ConfigError(f"{place(error.problem_mark.line if error.problem_mark else 0)}: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n")
-        raise ConfigError(f"{place(line)}: a control character (U+{ord(text[error.position]):04X}) in the text") from None
+        raise ConfigError(
+            f"{place(line)}: a control character (U+{ord(text[error.position]):04X}) in the text"
+        ) from None
     except UnicodeEncodeError:
         raise ConfigError(f"{name}: not UTF-8 text") from None
     except RecursionError:
@@ -205,7 +220,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
         return None
     if text in ("true", "false"):
         return text == "true"
-    if re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,2}(_?[0-9]{1,3}){0,30})", text):
+    if re.fullmatch(r"[-+]?(0|[1-9](_?[0-9]){0,40})", text):
         return int(text)
     if re.fullmatch(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
         return float(text)
@@ -217,7 +232,10 @@ def _explained(source: Source, schema: type[Settings], error: ValidationError) -
     found: dict[Key, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_key(source.values, detail), []).append(detail)
-    return [_sentence(source, schema, key, details) for key, details in found.items()]
+    inner = {
+        key[:depth] for key in found for depth in range(len(key))
+    }  # a mistake inside a value says more than one about it
+    return [_sentence(source, schema, key, details) for key, details in found.items() if key not in inner]
 
 
 def _key(values: dict[str, Any], detail: ErrorDetails) -> Key:
@@ -227,7 +245,8 @@ def _key(values: dict[str, Any], detail: ErrorDetails) -> Key:
     for name in detail["loc"]:
         if (isinstance(value, dict) and name in value) or (isinstance(value, list) and name in range(len(value))):
             key, value = (*key, name), value[name]
-    return (*key, detail["loc"][-1]) if detail["type"] == "missing" else key
+    missing = detail["loc"][-1]
+    return (*key, missing) if detail["type"] == "missing" and isinstance(missing, str) else key
 
 
 def _sentence(source: Source, schema: type[Settings], key: Key, details: list[ErrorDetails]) -> str:
@@ -235,14 +254,17 @@ def _sentence(source: Source, schema: type[Settings], key: Key, details: list[Er
     where, name, got = source.place(key), _dotted(key), details[0]["input"]
     kinds = {detail["type"] for detail in details}
     if "extra_forbidden" in kinds:
-        return f"{where}unknown key '{name}'{_did_you_mean(_nearest_key(schema, key))}"
-    if "missing" in kinds:
+        dotted = "; in a file a section's keys stand below its name" if "." in str(key[-1]) else ""
+        return f"{where}unknown key '{name}'{dotted or _did_you_mean(_nearest_key(schema, key))}"
+    if "missing" in kinds and isinstance(got, dict):
         return f"{where}'{name}' is missing"
     name = f"{name}: " if name else ""
     for detail in details:
         if detail["type"] == "value_error":  # a validator's own words
             return f"{where}{name}{detail['ctx']['error']}"
-    choices = [c for d in details if d["type"] == "literal_error" for c in re.findall("'([^']*)'", d["ctx"]["expected"])]
+    choices = [
+        c for d in details if d["type"] == "literal_error" for c in re.findall("'([^']*)'", d["ctx"]["expected"])
+    ]
     hint = _did_you_mean(difflib.get_close_matches(got, choices, 1)) if isinstance(got, str) else ""
     if kinds == {"literal_error"} and isinstance(got, str):
         return f"{where}{name}'{got}' is not one of {', '.join(choices)}{hint}"
@@ -262,6 +284,9 @@ EXPECTED = {  # pydantic's kinds of error, in the user's words
     "dict_type": "a section",
     "model_type": "a section",
     "none_required": "null",
+    "missing": "more values",
+    "too_short": "at least {min_length} values",
+    "too_long": "at most {max_length} values",
     "literal_error": "{expected}",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
@@ -293,7 +318,7 @@ def _nearest_key(schema: type[Settings], key: Key) -> list[str]:
         if part in section.model_fields:
             section = _section(section.model_fields[str(part)].annotation) or section
     name = str(key[-1])
-    elsewhere = [dotted for dotted, *_ in describe(schema) if dotted.endswith(f".{name.split('.')[-1]}")]
+    elsewhere = [dotted for dotted, *_ in describe(schema) if dotted.endswith(f".{name}")]
     return difflib.get_close_matches(name, section.model_fields, 1) or elsewhere
 
 
@@ -390,4 +415,6 @@ def _type_name(annotation: Any) -> str:
         return "list" if origin is not dict else "section"
     if parts:
         return " or ".join(dict.fromkeys(map(_type_name, parts)))
-    return NAMES.get(annotation, "section" if _section(annotation) else str(getattr(annotation, "__name__", annotation)))
+    return NAMES.get(
+        annotation, "section" if _section(annotation) else str(getattr(annotation, "__name__", annotation))
+    )

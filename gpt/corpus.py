@@ -1,4 +1,4 @@
-"""Where text comes from: files, directories, globs, standard input, URLs and the standard library, as a stream of documents.
+"""Where text comes from: files, directories, globs, standard input, URLs, the standard library; as a stream of documents.
 
 It finds and reads; it knows nothing of tokens, splits or shards. A document can be read again from its byte range.
 """
@@ -23,7 +23,7 @@ from typing import BinaryIO, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from gpt import durable
+from gpt import durable, signals
 from gpt.config import Settings
 
 BLOCK = 1 << 20
@@ -47,11 +47,17 @@ class Source(Settings):
     path: str | None = Field(None, description="a file, a directory, a glob, or '-' for standard input")
     url: str | None = Field(None, description="an http(s) address of one file")
     sha256: str | None = Field(None, description="hash that the file behind `url` must have, in hexadecimal")
-    python: Literal["stdlib"] | None = Field(None, description="the .py files of the running interpreter's standard library")
+    python: Literal["stdlib"] | None = Field(
+        None, description="the .py files of the running interpreter's standard library"
+    )
     name: str | None = Field(None, description="the source's name in reports; by default its file's or directory's")
     field: str | None = Field(None, description="the field that holds the text of a JSON line; 'text' in a .jsonl file")
-    separator: str | None = Field(None, description="what stands between documents in a text file; null: a file is a document")
-    exclude: tuple[str, ...] = Field((), description="globs over names and relative paths that are left out of a directory")
+    separator: str | None = Field(
+        None, description="what stands between documents in a text file; null: a file is a document"
+    )
+    exclude: tuple[str, ...] = Field(
+        (), strict=False, description="globs over names and relative paths that are left out of a directory"
+    )
     obtain: str | None = Field(None, description="what to tell someone who does not have the file")
 
     @model_validator(mode="after")
@@ -67,11 +73,12 @@ class Source(Settings):
     @property
     def label(self) -> str:
         """The source's name."""
-        place = self.path or self.url or "python"
-        if place == "-":
-            place = "stdin"
-        stem = PurePosixPath(urllib.parse.urlsplit(place).path if self.url else place.rstrip("/")).name
-        return self.name or stem.removesuffix(".gz").rpartition(".")[0] or stem or "input"
+        if self.name is not None or self.python is not None:
+            return self.name or "python"
+        place = PurePosixPath(urllib.parse.urlsplit(self.url).path if self.url else self.path or "")
+        plain = [part for part in place.parts if not glob.has_magic(part) and part != "/"]
+        last = plain[-1] if plain else "input"
+        return "stdin" if last == "-" else last.removesuffix(".gz").rpartition(".")[0] or last
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,9 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
     def file(path: Path, label: str, *, explicit: bool) -> File:
         stem, suffix = path.name.removesuffix(".gz"), PurePosixPath(path.name.removesuffix(".gz")).suffix.lower()
         if explicit and suffix in UNSUPPORTED:
-            raise ValueError(f"{label}: {suffix} {UNSUPPORTED[suffix]}; give .txt, .md or other text, .jsonl, or .gz of them")
+            raise ValueError(
+                f"{label}: {suffix} {UNSUPPORTED[suffix]}; give .txt, .md or other text, .jsonl, or .gz of them"
+            )
         is_json = stem.lower().endswith(JSON_LINES) and source.separator is None
         return File(path, label, source.field or ("text" if is_json else None), source.separator, explicit)
 
@@ -120,17 +129,20 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
     if place == "-":
         with spool.open("wb") as copy:
             while block := sys.stdin.buffer.read(BLOCK):
+                signals.check()
                 copy.write(block)
         return [file(spool, "standard input", explicit=True)]
     path = Path(place)
     if path.is_dir():
         found = _walk(path, source.exclude)
         if not found:
-            raise FileNotFoundError(f"{place}: no file in this directory{' is left by exclude' if source.exclude else ''}")
+            raise FileNotFoundError(
+                f"{place}: no file in this directory{' is left by exclude' if source.exclude else ''}"
+            )
         return [file(each, str(each), explicit=False) for each in found]
     if path.exists():
         return [file(path, place, explicit=True)]
-    if found := sorted(Path(each) for each in glob.glob(place, recursive=True) if Path(each).is_file()):
+    if found := sorted(Path(each) for each in glob.glob(place, recursive=True) if Path(each).is_file()):  # noqa: PTH207
         return [file(each, str(each), explicit=False) for each in found]
     what = "nothing matches" if glob.has_magic(place) else "no such file or directory"
     raise FileNotFoundError(f"{place}: {what}" + (f"; {source.obtain}" if source.obtain else ""))
@@ -156,16 +168,18 @@ def _standard_library(exclude: tuple[str, ...]) -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     found = [path for path in _walk(root, exclude) if path.suffix == ".py"] if root.is_dir() else []
     if not found:
-        raise FileNotFoundError(f"{root}: this Python has no standard library in source form; name other text with input=PATH")
+        raise FileNotFoundError(
+            f"{root}: this Python has no standard library in source form; name other text with input=PATH"
+        )
     return found
 
 
 def documents(
     file: File, start: int = 0, end: int | None = None, skip: Callable[[BadRecord], None] | None = None
 ) -> Iterator[Document]:
-    """The documents of a file, or of bytes start .. end - 1 of it, which begin and end at documents; empty ones are left out.
+    """The documents of a file, or of its bytes start .. end - 1, which begin and end at documents; empty ones are left out.
 
-    What cannot be read as text raises BadRecord, or is handed to `skip` and left out. Other errors are ValueErrors in words.
+    What cannot be read as text raises BadRecord, or is handed to `skip` and left out. Other errors are ValueErrors.
     """
     try:
         with file.path.open("rb") as raw:
@@ -188,7 +202,7 @@ def documents(
 
 
 def _is_binary(file: File, raw: BinaryIO, skip: Callable[[BadRecord], None] | None) -> bool:
-    """Whether a file that `skip` takes is binary; refuses it without `skip`, and an empty file that was named itself."""
+    """Whether a file is binary and skipped; refuses one without `skip`, and any such or empty file that was named itself."""
     stream = gzip.GzipFile(fileobj=raw) if file.path.suffix == ".gz" else raw
     head = stream.read(1 << 13)
     raw.seek(0)
@@ -196,7 +210,7 @@ def _is_binary(file: File, raw: BinaryIO, skip: Callable[[BadRecord], None] | No
         raise ValueError(f"{file.label}: the file is empty")
     if b"\0" not in head:
         return False
-    error = BadRecord(f"{file.label}: a binary file (it has NUL bytes); expected text in UTF-8")
+    error = BadRecord(f"{file.label}: a binary file, or UTF-16 (it has NUL bytes); expected text in UTF-8")
     if skip is None or file.explicit:
         raise error
     skip(error)
@@ -236,7 +250,9 @@ def _json_text(file: File, data: bytes, number: int, at: int) -> tuple[str, byte
     try:
         line = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord(f"{where}: not UTF-8 at byte {at + error.start} of the file (0x{data[error.start]:02x})") from None
+        raise BadRecord(
+            f"{where}: not UTF-8 at byte {at + error.start} of the file (0x{data[error.start]:02x})"
+        ) from None
     if not line.strip():
         return "", b""
     try:
@@ -246,7 +262,9 @@ def _json_text(file: File, data: bytes, number: int, at: int) -> tuple[str, byte
     if not isinstance(record, dict):
         raise BadRecord(f"{where}: expected a JSON object with a field '{field}', got {type(record).__name__}")
     if field not in record:
-        raise BadRecord(f"{where}: no field '{field}'; it has {', '.join(map(repr, record)) or 'none'}; name one with field")
+        raise BadRecord(
+            f"{where}: no field '{field}'; it has {', '.join(map(repr, record)) or 'none'}; name one with field"
+        )
     text = record[field]
     if not isinstance(text, str):
         raise BadRecord(f"{where}: field '{field}' is {type(text).__name__}, expected text")
@@ -257,7 +275,7 @@ def _json_text(file: File, data: bytes, number: int, at: int) -> tuple[str, byte
 
 
 def fetch(url: str, sha256: str | None, directory: Path, say: Callable[[str], None]) -> Path:
-    """The file behind `url` in `directory`: reused if it has the hash (or none is stated), else downloaded whole or not at all."""
+    """The file behind `url` in `directory`: reused if it has the hash (or none is stated), else fetched whole or not at all."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url}: not an http(s) address")
@@ -288,6 +306,7 @@ def _download(url: str, host: str, sha256: str | None) -> Iterator[bytes]:
     digest, n_bytes = hashlib.sha256(), 0
     with opener.open(request, timeout=TIMEOUT_S) as response:
         while block := response.read(BLOCK):
+            signals.check()
             digest.update(block)
             n_bytes += len(block)
             yield block

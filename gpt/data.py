@@ -1,4 +1,4 @@
-"""The order of data: batch(step), a pure function of (data set, seq_len, batch size, seed, step), whatever was read before.
+"""The order of data: batch(step), a pure function of (data set, seq_len, batch size, seed, step) and of nothing else.
 
 A split is a circle of tokens, documents one after another, each opened by its start token. Windows of seq_len + 1
 tokens overlapping by one cut it into rows, so that every token is a target exactly once an epoch; each epoch shifts the
@@ -90,10 +90,6 @@ class Loader:
             )
         # One row more than the tokens fill, since a shifted epoch opens and closes with a part of a row.
         self.rows_per_epoch = -(-tokens.n_tokens // seq_len) + 1
-
-    def epoch(self, step: int) -> float:
-        """Passes over the data completed when step `step` is done."""
-        return step * self.batch_rows / self.rows_per_epoch
 
     def batch(self, step: int) -> Batch:
         """The batch of update `step`, counted from 1. Pure: the same (seed, step) always gives the same rows."""

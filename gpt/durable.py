@@ -8,16 +8,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 BLOCK = 1 << 20
-TEMPORARY = ".tmp-"
+TEMPORARY = re.compile(r"\..+\.tmp-[0-9]+-[0-9a-f]{8}")
 
 
 class CorruptError(ValueError):
@@ -68,7 +70,7 @@ def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> str:
 
 
 class Directory:
-    """Build a directory under a temporary name; it appears at `path`, which must not exist, when the `with` block ends well."""
+    """Build a directory under a temporary name; it appears at `path`, new, when the `with` block ends well."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,17 +78,19 @@ class Directory:
 
     def __enter__(self) -> Self:
         if self.path.exists():
-            raise FileExistsError(f"{self.path} exists already")
+            raise FileExistsError(f"{self.path} exists already; move it away, or delete it if it is not needed")
         fs.mkdir(self._temporary)
         return self
 
     def write(self, name: str, chunks: bytes | Iterable[bytes | memoryview]) -> str:
         """Write the file `name` of the directory; its sha256."""
-        if Path(name).name != name:
-            raise ValueError(f"'{name}' is not a plain file name")
+        if not is_plain(name):
+            raise ValueError(f"{name!r} is not a plain file name")
         return _write_new(self._temporary / name, chunks)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 _sync_directory(self._temporary)
@@ -98,7 +102,7 @@ class Directory:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory so that it is never seen in part: renamed away first."""
+    """Delete a directory so that it is never seen in part: it is renamed away first."""
     doomed = _temporary(path)
     fs.rename(path, doomed)
     _sync_directory(path.parent)
@@ -106,23 +110,39 @@ def remove_directory(path: Path) -> None:
 
 
 def publish(work: Path, target: Path) -> None:
-    """Give a finished directory its name; what stood there before goes only when the new one is durable."""
+    """Give a finished directory its name; what stood there before goes only when the new one is durable.
+
+    A crash between the two renames leaves nothing at `target`, and both directories whole beside it.
+    """
     _sync_directory(work)
     old = _temporary(target)
-    if target.exists():
+    replaces = target.exists()
+    if replaces:
         fs.rename(target, old)
-    fs.rename(work, target)
+    try:
+        fs.rename(work, target)
+    except OSError:
+        if replaces:
+            fs.rename(old, target)
+        raise
     _sync_directory(target.parent)
     _discard(old)
 
 
 def sweep(parent: Path) -> None:
     """Delete the temporaries of writers that died; call it only while holding the lock on what stands in `parent`."""
-    for path in parent.glob(f".*{TEMPORARY}*"):
-        _discard(path)
+    for path in parent.iterdir():
+        if TEMPORARY.fullmatch(path.name):
+            _discard(path)
+
+
+def is_plain(name: str) -> bool:
+    """Whether `name` is a file of its directory: no separator, no parent, not hidden."""
+    return name != "" and Path(name).name == name and not name.startswith(".")
 
 
 def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -132,35 +152,38 @@ def check_space(directory: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < n_bytes:
         need, have = f"{n_bytes / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
-        raise OSError(errno.ENOSPC, f"{directory}: {need} are needed, {have} are free; free some, or lower checkpoint.keep")
+        raise OSError(errno.ENOSPC, f"{directory}: {need} are needed, {have} are free; free some, or use another disk")
     with tempfile.TemporaryFile(dir=directory):  # a read-only directory says so here
         pass
 
 
 class Lock:
-    """One process at a time: an flock on `path`, held until the object is released or the process ends, however it ends."""
+    """One process at a time: an flock on `path`, held until released or the process ends, however it ends."""
 
     def __init__(self, path: Path, what: str) -> None:
         self._file = path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = self._holder()
             self._file.close()
-            raise ValueError(f"{what} is in use{holder}; wait for it to end, or stop it") from None
+            raise ValueError(f"{what} is in use by {holder}") from None
         self._file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "what": what}, self._file)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "what": what, "since": since}, self._file)
         self._file.flush()
 
     def _holder(self) -> str:
         try:
             self._file.seek(0)
-            owner = json.load(self._file)
-            return f" by process {owner['pid']} on {owner['host']}"
-        except (ValueError, KeyError):
-            return ""
+            holder = json.load(self._file)
+            pid = holder["pid"]
+            return f"pid {pid} on host {holder['host']} since {holder['since']}: wait for it or stop it (kill {pid})"
+        except (ValueError, KeyError, TypeError):  # its holder is just writing this
+            return "another process: wait for it or stop it"
 
     def release(self) -> None:
+        """Let others in. The file stays: deleting it would let two in."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -171,7 +194,7 @@ class Lock:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}{TEMPORARY}{os.getpid()}")
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def _write_new(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> str:

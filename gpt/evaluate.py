@@ -41,7 +41,7 @@ def evaluate(
     device: str,
     dtype: str,
 ) -> Evaluation:
-    """Score every target of the split (or of its first documents) once, delimiters included; the mode is left as found."""
+    """Score every target of the split (or of its first documents) once, delimiters included; the mode stays."""
     was_training = objective.training
     objective.eval()
     nats = torch.zeros((), dtype=torch.float64)

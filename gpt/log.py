@@ -24,7 +24,9 @@ class WandbConfig(Settings):
     entity: str | None = Field(None, description="wandb user or team; null: the default one")
     group: str | None = Field(None, description="group of runs")
     tags: tuple[str, ...] = Field((), description="labels")
-    mode: Literal["online", "offline", "disabled"] = Field("online", description="offline keeps the files here for `wandb sync`")
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "online", description="offline keeps the files here for `wandb sync`"
+    )
 
 
 class LogConfig(Settings):
@@ -45,7 +47,11 @@ class Log:
         self._file = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._wandb = None if config.wandb is None else Wandb(path, config.wandb, run_config, self.note)
         self._bar = Progress(
-            BarColumn(40), TextColumn("{task.completed}/{task.total}"), console=console, disable=not console.is_terminal, transient=True
+            BarColumn(40),
+            TextColumn("{task.completed}/{task.total}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
         )
         self._task = self._bar.add_task("", total=steps)
         self._began: tuple[int, float] | None = None
@@ -54,7 +60,9 @@ class Log:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
         self.sync()
         self._file.close()
@@ -66,7 +74,11 @@ class Log:
         self._write("train", step, values)
         if self._began is None:
             self._began = step, time.monotonic()
-        rate = f"{values['tokens_per_second'] / 1000:.1f}k tok/s" if values["tokens_per_second"] < 1e6 else f"{values['tokens_per_second'] / 1e6:.2f}M tok/s"
+        rate = (
+            f"{values['tokens_per_second'] / 1000:.1f}k tok/s"
+            if values["tokens_per_second"] < 1e6
+            else f"{values['tokens_per_second'] / 1e6:.2f}M tok/s"
+        )
         mfu = "" if values.get("mfu") is None else f"  mfu {values['mfu']:.2f}"
         self.note(
             f"step {step}/{self.steps}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
@@ -125,10 +137,22 @@ class Wandb:
             if self._state_path.exists():
                 self._state = json.loads(self._state_path.read_bytes())
             quiet = wandb.Settings(
-                init_timeout=30, save_code=False, disable_git=True, console="off", x_disable_stats=True, x_disable_meta=True, silent=True
+                init_timeout=30,
+                save_code=False,
+                disable_git=True,
+                console="off",
+                x_disable_stats=True,
+                x_disable_meta=True,
+                silent=True,
             )
             self._run = wandb.init(
-                dir=path, name=path.name, id=self._state["id"], resume="allow", config=dict(run_config), settings=quiet, **config.model_dump()
+                dir=path,
+                name=path.name,
+                id=self._state["id"],
+                resume="allow",
+                config=dict(run_config),
+                settings=quiet,
+                **config.model_dump(),
             )
             self._run.define_metric("*", step_metric="tokens")
             self._state["id"] = self._run.id
@@ -140,7 +164,11 @@ class Wandb:
         if self._run is None or step <= self._state["last"].get(kind, -1):
             return
         try:
-            prefixed = {name if name == "tokens" else f"{kind}/{name}": value for name, value in values.items() if value is not None}
+            prefixed = {
+                name if name == "tokens" else f"{kind}/{name}": value
+                for name, value in values.items()
+                if value is not None
+            }
             self._run.log(prefixed)
             self._state["last"][kind] = step
             self._keep()
@@ -159,4 +187,6 @@ class Wandb:
 
     def _detach(self, error: Exception) -> None:
         self._run = None
-        self._note(f"wandb: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; training goes on without it")
+        self._note(
+            f"wandb: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; training goes on without it"
+        )

@@ -107,7 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mask:
-    """What a query may see: `allowed` (B, 1, T, S) bool; without it all, or with `causal` (T = S) the past and itself."""
+    """What a query may see: `allowed` (B, 1, T, S) bool; else all, or if `causal` (T = S) the past and itself."""
 
     causal: bool = True
     allowed: Tensor | None = None
@@ -161,7 +161,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}

@@ -1,4 +1,4 @@
-"""Optimizers: which rule updates which parameter - AdamW for all, or Muon for the blocks' matrices and AdamW for the rest."""
+"""Optimizers: which rule updates which parameter. AdamW for all, or Muon for the blocks' matrices beside it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Self
@@ -37,7 +37,7 @@ class OptimConfig(Settings):
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """Nearly the nearest semi-orthogonal matrices to g (N, rows, cols): five Newton-Schulz steps in bf16 (Jordan 2024)."""
+    """About the semi-orthogonal matrices nearest to g (N, rows, cols): 5 Newton-Schulz steps in bf16 (Jordan 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16()
     tall = x.shape[1] > x.shape[2]

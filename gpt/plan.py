@@ -77,9 +77,7 @@ class Choices(Settings):
     cpu: str = Field(description="kind of CPU")
 
 
-Measure = Callable[
-    [int, bool], float
-]  # seconds of one update, by (micro_batch, compiled); leaves weights as it found them
+Measure = Callable[[int, bool], float]  # seconds of one update, by (micro_batch, compiled)
 
 
 def machine(config: TrainingConfig) -> tuple[str, str, int, str]:
@@ -89,12 +87,8 @@ def machine(config: TrainingConfig) -> tuple[str, str, int, str]:
     runtime.check_device(device)
     dtype, why = runtime.best_dtype(device) if config.dtype == "auto" else (config.dtype, "as set")
     threads = runtime.n_cores() if config.threads == "auto" else config.threads
-    return (
-        device,
-        dtype,
-        threads,
-        f"{device} ({name if device == best else 'as set'}), {dtype} ({why}), {threads} threads",
-    )
+    shown = name if device == best else "as set"
+    return device, dtype, threads, f"{device} ({shown}), {dtype} ({why}), {threads} threads"
 
 
 def micro_batch(config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len: int, device: str) -> int:
@@ -143,6 +137,8 @@ def choose(
     if compiled:
         try:
             rows, seconds = _fitting(measure, rows, True, note)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             note(f"compile: no, running eagerly (it failed: {reason})")
@@ -161,7 +157,8 @@ def choose(
         threads=threads,
         steps=steps,
         data=data,
-        **runtime.describe(),
+        torch=runtime.torch_version(),
+        cpu=runtime.cpu_kind(),
     )
 
 
@@ -183,7 +180,7 @@ def n_parameters(model: GPT) -> int:
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
-    """Training FLOPs of a token: 6 a matrix parameter, 12 L H D T for attention (PaLM, appendix B; no causal discount)."""
+    """Training FLOPs of a token: 6 a matrix parameter, 12 L H D T for attention (PaLM, appendix B: not causal)."""
     c = model.config
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
     head = model.lm_head.weight.numel() if c.tie_embeddings else 0

@@ -1,7 +1,7 @@
 """Any text to a data set: one pass over the corpus, a tokenizer, then shards, in parallel and resumable.
 
-The bytes of a data set depend on the text, the tokenizer and the settings alone. The pass fixes everything that looks at
-the whole corpus (split, sample, chunks); after it each chunk of the input is encoded on its own, by any process, in any
+The bytes of a data set depend on the text, the tokenizer and the settings alone. The pass fixes all that looks at the
+whole corpus (split, sample, chunks); after it each chunk of the input is encoded on its own, by any process, in any
 order, into one shard a split. Finished chunks stand in a working directory beside the output until all are there.
 """
 
@@ -17,10 +17,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
@@ -32,7 +34,7 @@ from rich.text import Text
 from gpt import config, corpus, durable, signals
 from gpt import tokenizer as tokenizers
 from gpt.config import Count, Settings
-from gpt.corpus import BadRecord, File, Source
+from gpt.corpus import File, Source
 from gpt.shards import Document, ShardEntry, TokenSet, token_dtype, write_manifest, write_shard
 from gpt.tokenizer import Kind, Tokenizer
 
@@ -42,7 +44,10 @@ BATCH_BYTES = 4 << 20  # text that is encoded at a time
 SAMPLE_CHARACTERS = 1 << 16  # a longer document is drawn in pieces of this length
 TAIL_DOCUMENTS = 20  # split: auto takes whole documents from so many on
 BUCKETS = 1 << 16  # of document hashes, whose sizes are counted to cut the split at a fraction of the bytes
+MEASURED_BYTES = 1 << 18  # of the sample, for the sizes of what is to come
 SPLITS = ("train", "val")
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 def _as_sources(value: object) -> object:
@@ -68,21 +73,32 @@ class PrepareConfig(Settings):
     """A recipe: what to read, how to split it, which tokenizer."""
 
     input: Sources = Field(description="what to read: paths, globs, '-', URLs, or sections with path, url or python")
-    validation: Sources | None = Field(None, description="inputs that are the validation split; null: it is cut from `input`")
+    validation: Sources | None = Field(
+        None, description="inputs that are the validation split; null: it is cut from `input`"
+    )
     split: Literal["auto", "hash", "tail"] = Field(
-        "auto", description="hash: whole documents by a hash of their content; tail: the end of each; auto: tail below 20 documents"
+        "auto",
+        description="hash: whole documents, by their content; tail: the end of each; auto: tail below 20 documents",
     )
     val_fraction: float = Field(0.1, gt=0, lt=1, description="part of the bytes that is held out for validation")
-    val_tokens: Count = Field(10_000_000, ge=1, description="most tokens held out (as the tokenizer's sample predicts them)")
+    val_tokens: Count = Field(
+        10_000_000, ge=1, description="most tokens held out (as the tokenizer's sample predicts them)"
+    )
     kind: Kind = Field("bpe", description="vocabulary of byte pairs, of single characters or of words")
     vocab_size: Count | None = Field(
-        None, ge=1, description="entries, control tokens included; null: the square root of the corpus's bytes, rounded to a "
-        "power of two, from 512 to 65536 (characters: all)"
-    )  # fmt: skip
-    tokenizer: str | None = Field(None, description="a tokenizer.json, or a data set, checkpoint or run whose tokenizer to use")
+        None,
+        ge=1,
+        description="entries, control tokens included; null: the square root of the corpus's bytes, rounded to a power of "
+        "two, from 512 to 65536 (characters: all of them)",
+    )
+    tokenizer: str | None = Field(
+        None, description="a tokenizer.json, or a data set, checkpoint or run whose tokenizer to use"
+    )
     sample_bytes: Count = Field(100_000_000, ge=1, description="bytes of training text that the tokenizer learns from")
     seed: int = Field(1337, description="which text is drawn for that sample")
-    on_bad_record: Literal["error", "skip"] = Field("error", description="what to do with text that is not UTF-8 or broken JSON")
+    on_bad_record: Literal["error", "skip"] = Field(
+        "error", description="what to do with text that is not UTF-8 or broken JSON"
+    )
     workers: int | None = Field(None, ge=1, description="processes; null: one a core")
 
     @model_validator(mode="after")
@@ -126,6 +142,15 @@ class Chunk:
     digest: str
 
 
+class Part(NamedTuple):
+    """Text of a document in one split, its UTF-8 bytes, and the number of its source."""
+
+    split: str
+    text: str
+    n_bytes: int
+    source: int
+
+
 @dataclass(frozen=True)
 class Split:
     """Which text is held out. A pure function of the document, so that equal documents fall on the same side."""
@@ -134,20 +159,20 @@ class Split:
     fraction: float  # tail: of each document's characters
     threshold: int  # hash: documents whose value is below are held out
 
-    def parts(self, item: Input, document: corpus.Document, digest: bytes) -> Iterator[tuple[str, str, int]]:
-        """(split, text, UTF-8 bytes) of each part of a document that has any."""
+    def parts(self, item: Input, document: corpus.Document, digest: bytes) -> Iterator[Part]:
+        """The parts of a document that have any text."""
         text, n_bytes = document.text, len(document.utf8)
         if self.mode == "tail":
             cut = self.cut(len(text))
-            tail = len(text[cut:].encode())
+            n_held_out = len(text[cut:].encode())
             if cut:
-                yield "train", text[:cut], n_bytes - tail
-            if tail:
-                yield "val", text[cut:], tail
+                yield Part("train", text[:cut], n_bytes - n_held_out, item.source)
+            if n_held_out:
+                yield Part("val", text[cut:], n_held_out, item.source)
         elif self.mode == "given":
-            yield item.given or "train", text, n_bytes
+            yield Part(item.given or "train", text, n_bytes, item.source)
         else:
-            yield "val" if _value(digest) < self.threshold else "train", text, n_bytes
+            yield Part("val" if _value(digest) < self.threshold else "train", text, n_bytes, item.source)
 
     def cut(self, n_characters: int) -> int:
         """Where the held-out tail of a document begins."""
@@ -160,7 +185,7 @@ def _value(digest: bytes) -> int:
 
 
 class Sample:
-    """Text for the tokenizer: all of it, or the pieces with the lowest seeded hashes that fit. Any reading order gives the same."""
+    """Text for the tokenizer: all of it, or the pieces with the lowest seeded hashes that fit into `n_bytes`."""
 
     def __init__(self, n_bytes: int, seed: int) -> None:
         self._room, self._key = n_bytes, seed.to_bytes(8, "little", signed=True)
@@ -177,7 +202,7 @@ class Sample:
                 self._room += len(heapq.heappop(self._heap)[-1].encode())
 
     def texts(self, split: Split) -> list[str]:
-        """The training part of what was drawn: a tokenizer that has seen the validation text would flatter the model."""
+        """The training part of what was drawn: a tokenizer that saw the validation text would flatter the model."""
         if split.mode == "hash":
             return [text for *_, digest, _, _, text in self._heap if _value(digest) >= split.threshold]
         if split.mode == "tail":
@@ -197,13 +222,14 @@ class Scan:
     bucket_bytes: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, dtype=np.int64))
     lowest: int = 1 << 64
     highest: int = -1
-    content: str = ""  # sha256 over every document's hash and source, in order
+    content: str = ""  # sha256 over every document's hash, source and given split, in order
 
 
 def scan(inputs: Sequence[Input], settings: PrepareConfig, meter: "Meter") -> Scan:
     """Read the corpus once: check it, count it, hash it, draw the sample, cut it into chunks."""
     found = Scan(Sample(settings.sample_bytes, settings.seed))
-    content, chunk, ranges, n_bytes = hashlib.sha256(), hashlib.sha256(), [], 0
+    content, chunk, n_bytes = hashlib.sha256(), hashlib.sha256(), 0
+    ranges: list[Range] = []
 
     def close() -> None:
         nonlocal chunk, ranges, n_bytes
@@ -214,7 +240,7 @@ def scan(inputs: Sequence[Input], settings: PrepareConfig, meter: "Meter") -> Sc
     for item in inputs:
         for document in corpus.documents(item.file, skip=skip):
             digest = hashlib.sha256(document.utf8).digest()
-            content.update(digest + item.source.to_bytes(4, "little"))
+            content.update(digest + f"{item.source} {item.given}\n".encode())
             chunk.update(digest)
             _count(found, item, document, digest)
             if ranges and ranges[-1].item is item:
@@ -286,7 +312,7 @@ class Meter:
             self._last, speed = now, self._done / (now - self._begun)
             left = time.strftime("%H:%M:%S", time.gmtime(max(0, self._total - self._done) / speed))
             done = f"{self._done / 1e6:.0f}/{max(self._total, self._done) / 1e6:.0f} MB"
-            self._console.print(f"{self._what}  {done}  {speed / 1e6:.1f} MB/s  eta {left}", highlight=False)
+            _say(self._console, f"{self._what}  {done}  {speed / 1e6:.1f} MB/s  eta {left}")
 
 
 @dataclass(frozen=True)
@@ -301,7 +327,13 @@ class Task:
 
     @property
     def record(self) -> Path:
+        """Where it is written that the chunk's shards stand."""
         return self.work / f"chunk-{self.number:05d}.json"
+
+    @property
+    def finished(self) -> Path:
+        """The data set as far as it stands."""
+        return self.work / "set"
 
 
 @dataclass(frozen=True)
@@ -314,38 +346,48 @@ class Folder:
         return durable.write_file(self.path / name, chunks)
 
 
-def encode_chunk(task: Task, encode: Callable[[Sequence[str]], list[list[int]]], tokenizer: Tokenizer, advance: Callable[[int], None]) -> None:
+def encode_chunk(task: Task, tokenizer: Tokenizer, encode: Encode, advance: Callable[[int], None]) -> None:
     """Write the shards of a chunk and, when they stand, its record. ValueError if the text is not what was scanned."""
-    digest, splits = hashlib.sha256(), {name: list[Document]() for name in SPLITS}
-    dtype = token_dtype(tokenizer.size)
-    batch: list[tuple[str, str, int, int]] = []  # split, text, bytes, source
+    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    dtype, start = token_dtype(tokenizer.size), tokenizer.start_id
+    for batch in _batches(_parts(task)):
+        for part, ids in zip(batch, encode([part.text for part in batch]), strict=True):
+            splits[part.split].append(Document(np.array([start, *ids], dtype), part.n_bytes, part.source))
+        advance(sum(part.n_bytes for part in batch))
+    entries = {}
+    for split, documents in splits.items():
+        if documents:
+            name = f"{split}-{task.number:05d}.tok"
+            entries[split] = write_shard(
+                Folder(task.finished), name, documents, vocab_size=tokenizer.size, tokenizer_sha256=tokenizer.sha256
+            )
+    durable.write_file(task.record, json.dumps({split: asdict(entry) for split, entry in entries.items()}).encode())
 
-    def flush() -> None:
-        for (split, _, n_bytes, source), ids in zip(batch, encode([text for _, text, _, _ in batch]), strict=True):
-            splits[split].append(Document(np.array([tokenizer.start_id, *ids], dtype), n_bytes, source))
-        advance(sum(n_bytes for _, _, n_bytes, _ in batch))
-        batch.clear()
 
-    waiting = 0
+def _parts(task: Task) -> Iterator[Part]:
+    """The text of a chunk, read again."""
+    chunk, skip = hashlib.sha256(), (lambda error: None) if task.skip_bad else None
     for part in task.chunk.ranges:
-        for document in corpus.documents(part.item.file, part.start, part.end, (lambda _: None) if task.skip_bad else None):
-            sha256 = hashlib.sha256(document.utf8).digest()
-            digest.update(sha256)
-            batch += [(*parts, part.item.source) for parts in task.split.parts(part.item, document, sha256)]
-            waiting += len(document.utf8)
-            if waiting >= BATCH_BYTES:
-                flush()
-                waiting = 0
-    flush()
-    if digest.hexdigest() != task.chunk.digest:
+        for document in corpus.documents(part.item.file, part.start, part.end, skip):
+            digest = hashlib.sha256(document.utf8).digest()
+            chunk.update(digest)
+            yield from task.split.parts(part.item, document, digest)
+    if chunk.hexdigest() != task.chunk.digest:
         raise ValueError("the input changed while it was prepared; run the same command again")
-    names = {"vocab_size": tokenizer.size, "tokenizer_sha256": tokenizer.sha256}
-    entries = {
-        split: asdict(write_shard(Folder(task.work / "set"), f"{split}-{task.number:05d}.tok", documents, **names))
-        for split, documents in splits.items()
-        if documents
-    }
-    durable.write_file(task.record, json.dumps(entries).encode())
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Lists of at least BATCH_BYTES of text each, except the last."""
+    batch: list[Part] = []
+    n_bytes = 0
+    for part in parts:
+        batch.append(part)
+        n_bytes += part.n_bytes
+        if n_bytes >= BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
 
 
 _stop: Any = None  # in a worker process: the parent's stop event and its count of bytes done
@@ -374,8 +416,8 @@ def _work(task: Task) -> None:
         with _done.get_lock():
             _done.value += n_bytes
 
-    tokenizer = Tokenizer.load(task.work / "set")
-    encode_chunk(task, tokenizer.encode_each, tokenizer, advance)
+    tokenizer = Tokenizer.load(task.finished)
+    encode_chunk(task, tokenizer, tokenizer.encode_each, advance)
 
 
 def _encode_all(tasks: Sequence[Task], tokenizer: Tokenizer, workers: int, meter: Meter) -> None:
@@ -386,7 +428,7 @@ def _encode_all(tasks: Sequence[Task], tokenizer: Tokenizer, workers: int, meter
         _encode_in_processes(left, workers, meter)
         return
     for task in left:
-        encode_chunk(task, tokenizer.encode_batch if workers > 1 else tokenizer.encode_each, tokenizer, meter.advance)
+        encode_chunk(task, tokenizer, tokenizer.encode_batch if workers > 1 else tokenizer.encode_each, meter.advance)
 
 
 def _encode_in_processes(tasks: Sequence[Task], workers: int, meter: Meter) -> None:
@@ -404,8 +446,11 @@ def _encode_in_processes(tasks: Sequence[Task], workers: int, meter: Meter) -> N
             finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in finished:
                 future.result()
-            meter.advance(done.value - seen)
-            seen = done.value
+            so_far = done.value
+            meter.advance(so_far - seen)
+            seen = so_far
+    except BrokenProcessPool:
+        raise MemoryError("a worker process was killed, most likely for lack of memory; set fewer --workers") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -429,61 +474,77 @@ class Report:
     skipped: list[str]
 
 
-def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: bool = False) -> Report | None:
-    """Make the data set `out`, or leave one alone that is up to date (None).
+def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: bool = False) -> Report:
+    """Make the data set `out`, or leave it alone if it is up to date.
 
     Raises ValueError, FileNotFoundError and OSError in words, and signals.Stopped; what is finished by then is kept and
-    used by the next call. An existing other data set is an error unless `overwrite`, and stands until the new one is whole.
+    used by the next call. Another data set there is an error unless `overwrite`, and stands until the new one is whole.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.preparing")
     work.mkdir(exist_ok=True)
     with durable.Lock(work / "lock", str(out)):
         durable.sweep(work)
-        inputs, names = _inputs(settings, out, work, console)
-        imported = Tokenizer.load(Path(settings.tokenizer)) if settings.tokenizer is not None else None
-        with Meter(console, "reading", sum(item.file.size for item in inputs)) as meter:
-            found = scan(inputs, settings, meter)
-        _check_scan(settings, found)
-        identity = _identity(settings, found, names, imported)
-        if out.exists() and _is_up_to_date(out, identity, overwrite):
-            console.print(f"{out} is up to date: the same text and settings", highlight=False)
-            durable.remove_directory(work)
-            return None
-        finished = work / "set"
-        if _resume(work, identity):
-            console.print(f"continuing in {work}", highlight=False)
-        tokenizer, split = _tokenizer_and_split(settings, found, imported, finished, console)
-        workers = settings.workers or _n_cores()
-        tasks = [Task(i, c, split, settings.on_bad_record == "skip", work) for i, c in enumerate(found.chunks)]
-        durable.check_space(work, 2 * found.n_bytes // 3)
-        with Meter(console, "encoding", found.n_bytes) as meter:
-            _encode_all(tasks, tokenizer, workers, meter)
-        _write_manifest(finished, tasks, tokenizer, names, identity)
-        _publish(finished, out)
-        durable.remove_directory(work)
-    report = _report(out, found.skipped)
-    show(report, console)
+        try:
+            fresh, skipped = _prepare(settings, out, work, console, overwrite)
+        finally:
+            if not (work / "set").exists():  # nothing to continue from
+                durable.remove_directory(work)
+    report = _report(out, skipped)
+    if fresh:
+        show(report, console)
+    else:
+        _say(console, f"{out} is up to date: the same text and settings")
     return report
+
+
+def _prepare(
+    settings: PrepareConfig, out: Path, work: Path, console: Console, overwrite: bool
+) -> tuple[bool, list[str]]:
+    """(whether `out` had to be made, what was skipped)."""
+    inputs, names = _inputs(settings, out, work, console)
+    imported = Tokenizer.load(Path(settings.tokenizer)) if settings.tokenizer is not None else None
+    with Meter(console, "reading", sum(item.file.size for item in inputs)) as meter:
+        found = scan(inputs, settings, meter)
+    _check_scan(settings, found)
+    identity = _identity(settings, found, names, imported)
+    if out.exists() and _is_up_to_date(out, identity, overwrite):
+        return False, found.skipped
+    finished = work / "set"
+    if _resume(work, identity):
+        _say(console, f"continuing with what is finished in {work}")
+    tokenizer, split = _tokenizer_and_split(settings, found, imported, finished, console)
+    tasks = [Task(i, c, split, settings.on_bad_record == "skip", work) for i, c in enumerate(found.chunks)]
+    with Meter(console, "encoding", found.n_bytes) as meter:
+        _encode_all(tasks, tokenizer, settings.workers or _n_cores(), meter)
+    _write_manifest(finished, tasks, tokenizer, names, identity)
+    _publish(finished, out)
+    return True, found.skipped
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _inputs(settings: PrepareConfig, out: Path, work: Path, console: Console) -> tuple[list[Input], list[str]]:
     """Every file of the recipe in order, and the names of its sources."""
     names: list[str] = []
-    inputs = []
-    for given, sources in ((None if settings.validation is None else "train", settings.input), ("val", settings.validation or ())):
-        for source in sources:
-            if source.label not in names:
-                names.append(source.label)
-            files = corpus.files(source, out.parent / "downloads", work / f"stdin-{len(inputs)}", console.print)
-            inputs += [Input(file, names.index(source.label), given) for file in files]
+    inputs: list[Input] = []
+    given = [("train" if settings.validation else None, source) for source in settings.input]
+    given += [("val", source) for source in settings.validation or ()]
+    for split, source in given:
+        if source.label not in names:
+            names.append(source.label)
+        spool = work / f"stdin-{len(inputs)}"
+        files = corpus.files(source, out.parent / "downloads", spool, partial(_say, console))
+        inputs += [Input(file, names.index(source.label), split) for file in files]
     return inputs, names
 
 
 def _check_scan(settings: PrepareConfig, found: Scan) -> None:
     """ValueError unless there is text on both sides of the split."""
-    skipped = f" ({len(found.skipped)} bad records were skipped, the first: {found.skipped[0]})" if found.skipped else ""
-    if not found.n_documents or found.highest < 0:
+    if found.highest < 0:
+        skipped = f"; {len(found.skipped)} bad records were skipped, first {found.skipped[0]}" if found.skipped else ""
         raise ValueError(f"the corpus is empty: the input has no text{skipped}")
     if settings.validation is not None:
         if not any(part.item.given == "val" for chunk in found.chunks for part in chunk.ranges):
@@ -500,7 +561,7 @@ def _identity(settings: PrepareConfig, found: Scan, names: list[str], imported: 
         "version": VERSION,
         "sources": names,
         "content": found.content,
-        "chunks": [chunk.digest for chunk in found.chunks],
+        "chunk_bytes": CHUNK_BYTES,
         "validation_given": settings.validation is not None,
         "tokenizer": None if imported is None else imported.sha256,
     }
@@ -509,18 +570,16 @@ def _identity(settings: PrepareConfig, found: Scan, names: list[str], imported: 
 def _is_up_to_date(out: Path, identity: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` is this data set; ValueError for another one unless it may be replaced."""
     try:
-        same = [TokenSet(out, split) for split in SPLITS] and _settings_of(out) == identity
+        for split in SPLITS:
+            TokenSet(out, split)  # looks at every shard
+        if json.loads((out / "manifest.json").read_bytes())["settings"] == identity:
+            return True
+        problem = "was made from other text or settings"
     except (ValueError, OSError) as error:
-        if not overwrite:
-            raise ValueError(f"{out} exists and is not a whole data set ({error}); add --overwrite to replace it") from None
+        problem = f"exists and is not a whole data set ({error})"
+    if overwrite:
         return False
-    if not same and not overwrite:
-        raise ValueError(f"{out} was made from other text or settings; add --overwrite to replace it, or choose another --out")
-    return same
-
-
-def _settings_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "manifest.json").read_bytes())["settings"]
+    raise ValueError(f"{out} {problem}; add --overwrite to replace it, or name another with --out")
 
 
 def _resume(work: Path, identity: dict[str, Any]) -> bool:
@@ -530,13 +589,12 @@ def _resume(work: Path, identity: dict[str, Any]) -> bool:
     if plan.exists() and plan.read_bytes() == text and finished.is_dir():
         durable.sweep(finished)
         return True
-    if plan.exists():
-        plan.unlink()
-    for record in work.glob("chunk-*.json"):
-        record.unlink()
+    for stale in (plan, *work.glob("chunk-*.json")):  # the plan first: what stands without one is not used
+        if stale.exists():
+            durable.fs.unlink(stale)
     if finished.exists():
         durable.remove_directory(finished)
-    finished.mkdir()
+    durable.fs.mkdir(finished)
     durable.write_file(plan, text)
     return False
 
@@ -552,20 +610,30 @@ def _tokenizer_and_split(
     elif (finished / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(finished)
     else:
-        n_bytes = sum(len(text.encode()) for text in texts)
-        console.print(f"training the tokenizer on {n_bytes / 1e6:.1f} MB", highlight=False)
+        _say(console, f"training the tokenizer on {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB")
         tokenizer = tokenizers.train(texts, settings.kind, settings.vocab_size, corpus_bytes=found.n_bytes)
-    for name, data in reversed(tokenizer.files().items()):
+    for name, data in reversed(tokenizer.files().items()):  # tokenizer.json last: its presence says that both stand
         durable.write_file(finished / name, data)
     signals.check()
-    if settings.val_fraction * found.n_bytes <= settings.val_tokens:  # a token has at least a byte
-        return tokenizer, split
-    measured = texts[: max(1, 16)]
-    n_tokens = sum(map(len, tokenizer.encode_each(measured)))
-    return tokenizer, choose_split(settings, found, sum(len(text.encode()) for text in measured) / max(1, n_tokens))
+    bytes_per_token = _bytes_per_token(tokenizer, texts)
+    durable.check_space(finished, int(found.n_bytes / bytes_per_token) * token_dtype(tokenizer.size).itemsize)
+    return tokenizer, choose_split(settings, found, bytes_per_token)
 
 
-def _write_manifest(finished: Path, tasks: Sequence[Task], tokenizer: Tokenizer, names: list[str], identity: dict[str, Any]) -> None:
+def _bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Measured on a little of the sample."""
+    n_bytes, n_tokens = 1, 1
+    for text in texts:
+        if n_bytes > MEASURED_BYTES:
+            break
+        n_bytes += len(text.encode())
+        n_tokens += len(tokenizer.encode(text))
+    return n_bytes / n_tokens
+
+
+def _write_manifest(
+    finished: Path, tasks: Sequence[Task], tokenizer: Tokenizer, names: list[str], identity: dict[str, Any]
+) -> None:
     splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for task in tasks:
         for split, entry in json.loads(task.record.read_bytes()).items():
@@ -648,12 +716,13 @@ def _by_source(sets: Sequence[TokenSet]) -> list[tuple[str, int, int, int]]:
     return rows
 
 
+SHOWN_SOURCES, SHOWN_RECORDS = 20, 10
 SCRIPTS = {"LATIN": "Latin", "CJK": "Han", "HIRAGANA": "kana", "KATAKANA": "kana", "CYRILLIC": "Cyrillic"}
 CATEGORIES = {"N": "digits", "P": "punctuation", "S": "punctuation", "Z": "space", "C": "space"}
 
 
 def script_of(data: bytes) -> str:
-    """The script of most characters of a token, spaces beside others not counted; "parts" for an incomplete character."""
+    """The script of most of a token's characters, spaces around them not counted."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -674,7 +743,7 @@ def show(report: Report, console: Console) -> None:
     for split in SPLITS:
         _add(table, split, report.documents[split], report.bytes[split], report.tokens[split])
     console.print(table)
-    if len(report.sources) > 1:
+    if 1 < len(report.sources) <= SHOWN_SOURCES:
         table = Table("source", "documents", "bytes", "tokens", "bytes/token", box=None, header_style="bold")
         for row in report.sources:
             _add(table, *row)
@@ -683,16 +752,25 @@ def show(report: Report, console: Console) -> None:
     for script, n_tokens, n_bytes in report.scripts:
         table.add_row(script, f"{n_bytes:,}", f"{n_tokens:,}", f"{n_bytes / n_tokens:.2f}")
     console.print(table)
-    say = [f"vocabulary: {report.vocab_used:,} of {report.vocab_size:,} entries occur"]
+    _say(console, f"vocabulary: {report.vocab_used:,} of {report.vocab_size:,} entries occur")
     if report.unknown_tokens:
-        say.append(f"{report.unknown_tokens:,} tokens are unknown: {report.unknown_bytes:,} bytes are not in the vocabulary")
+        share = report.unknown_bytes / sum(report.bytes.values())
+        _say(
+            console,
+            f"unknown: {report.unknown_tokens:,} tokens, {report.unknown_bytes:,} bytes of the text ({share:.2%})",
+        )
     if report.skipped:
-        say += [f"{len(report.skipped)} bad records were skipped:", *(f"  {line}" for line in report.skipped[:10])]
-    for line in say:
-        console.print(line, highlight=False, markup=False)
+        _say(console, f"{len(report.skipped)} bad records were skipped:")
+        for line in report.skipped[:SHOWN_RECORDS]:
+            _say(console, f"  {line}")
     styles = cycle(("black on cyan", "black on yellow"))
-    console.print(Text.assemble(*((piece, next(styles)) for piece in report.example)))
-    console.print(f"{report.path} is ready: python train.py CONFIG.yaml data.path={report.path}", highlight=False)
+    console.print(Text.assemble(*((_printable(piece), next(styles)) for piece in report.example)))
+    _say(console, f"{report.path} is ready: python train.py CONFIG.yaml data.path={report.path}")
+
+
+def _printable(piece: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in piece)
 
 
 def _add(table: Table, name: str, documents: int, n_bytes: int, n_tokens: int) -> None:

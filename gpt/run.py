@@ -86,7 +86,9 @@ def resolve(source: str) -> tuple[Path, str]:
     path = Path(name)
     if path.is_file():
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-            raise ValueError(f"{path} is a pickle, which can run code when loaded; name a directory with model.safetensors instead")
+            raise ValueError(
+                f"{path} is a pickle, which can run code when loaded; name a directory with model.safetensors instead"
+            )
         raise ValueError(f"{path} is a file; name a run, a checkpoint or a Hugging Face model directory")
     if not path.is_dir():
         hint = f"; did you mean runs/{name}?" if Path("runs", name).is_dir() else ""
@@ -112,6 +114,9 @@ def _in_run(path: Path, which: str) -> tuple[Path, str]:
     if which not in ("best", "last") and not (which.isdigit() and int(which) in steps):
         raise ValueError(f"{path} has no checkpoint '{which}'; there is {', '.join(map(str, steps))}, best and last")
     step = {"best": steps[-1] if best is None else best, "last": steps[-1]}.get(which) or int(which)
-    score = next((f", {line['val_bpb']:.4f} bits/byte" for line in metrics if line["kind"] == "eval" and line["step"] == step), "")
+    score = next(
+        (f", {line['val_bpb']:.4f} bits/byte" for line in metrics if line["kind"] == "eval" and line["step"] == step),
+        "",
+    )
     found = checkpoint_path(path / "checkpoints", step)
     return found, f"{found} (step {step}{', the best' if step == best else ''}{score})"

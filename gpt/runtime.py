@@ -80,17 +80,20 @@ def compiler_missing() -> str | None:
     return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler (g++) found"
 
 
-def describe() -> dict[str, str]:
-    """What must stay the same for a run to repeat bit for bit, besides its settings."""
-    vector = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
-    return {"torch": torch.__version__, "cpu": " ".join([platform.machine(), *vector])}
+def torch_version() -> str:
+    return torch.__version__
+
+
+def cpu_kind() -> str:
+    """What of the processor decides bits: another kind may round differently."""
+    return " ".join([platform.machine(), *sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})])
 
 
 def setup(device: str, threads: int) -> None:
     """Fix what changes bits or speed in this process: threads, deterministic algorithms on the CPU, fast fp32 products.
 
     "medium" sends fp32 products to oneDNN; without AMX that is still fp32 arithmetic, only faster. Deterministic
-    algorithms alone make compiled CPU code repeat; the debug fill of fresh memory that comes with them buys nothing here.
+    algorithms alone make compiled CPU code repeat; the debug fill of fresh memory that comes with them buys nothing.
     """
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("medium" if device == "cpu" and "amx_bf16" not in cpu_flags() else "high")
@@ -118,7 +121,7 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Memory a run may still take: the GPU's free memory, else what the system calls available (8 GiB if it is silent)."""
+    """Memory a run may still take: the GPU's free memory, else what the system has available (8 GiB if unknown)."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info()[0]
     try:

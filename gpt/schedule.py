@@ -7,13 +7,19 @@ from pydantic import Field, model_validator
 
 from gpt.config import Settings
 
+WSD_DECAY = 0.4
+
 
 class ScheduleConfig(Settings):
     """Factor on the peak learning rates over a run."""
 
-    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("wsd", description="wsd: warm-up, stable, linear decay")
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
+        "wsd", description="wsd: warm-up, stable, linear decay"
+    )
     warmup: float = Field(0.02, ge=0, description="linear warm-up: a fraction of the steps if below 1, else steps")
-    decay: float | None = Field(None, gt=0, le=1, description="wsd: last fraction of the steps that decays; null: 0.4")
+    decay: float | None = Field(
+        None, gt=0, le=1, description=f"wsd: last fraction of the steps that decays; null: {WSD_DECAY}"
+    )
     floor: float = Field(0.0, ge=0, le=1, description="factor at the last step")
 
     @model_validator(mode="after")
@@ -22,23 +28,25 @@ class ScheduleConfig(Settings):
             raise ValueError(f"decay ({self.decay}) is for kind 'wsd', not '{self.kind}'")
         if self.kind == "constant" and self.floor:
             raise ValueError(f"floor ({self.floor}) has no meaning with kind 'constant'")
+        if self.decay is not None and self.warmup < 1 < self.warmup + self.decay:
+            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are more than the whole run")
         return self
 
 
 def factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """The factor in [0, 1] of update `step`, counted from 1; at `steps` it is one update short of `floor`."""
+    """The factor in (0, 1] of update `step`, counted from 1; the last update stands one short of where `floor` is reached."""
     warmup = config.warmup * steps if config.warmup < 1 else config.warmup
     if step <= warmup:
         return step / max(warmup, 1.0)
-    left = (steps + 1 - step) / max(steps + 1 - warmup, 1.0)  # 1 after the warm-up, nearly 0 at the end
+    left = steps + 1 - step  # updates until the floor
     if config.kind == "constant":
         return 1.0
-    if config.kind == "cosine":
-        shape = 0.5 - 0.5 * math.cos(math.pi * left)
-    elif config.kind == "linear":
-        shape = left
+    if config.kind == "wsd":
+        shape = min(1.0, left / max(1.0, (config.decay or WSD_DECAY) * steps))
     else:
-        shape = min(1.0, (steps + 1 - step) / max(1.0, (config.decay or 0.4) * steps))
+        shape = left / max(1.0, steps + 1 - warmup)
+    if config.kind == "cosine":
+        shape = 0.5 - 0.5 * math.cos(math.pi * shape)
     return config.floor + (1 - config.floor) * shape
 
 

@@ -86,7 +86,9 @@ def write_shard(
         array = np.asarray(document.ids)
         low, high = (int(array.min()), int(array.max())) if len(array) else (0, 0)
         if not len(array) or low < 0 or high >= vocab_size:
-            raise ValueError(f"{name}: document {len(index)} has ids {low} to {high}, the vocabulary {vocab_size} entries")
+            raise ValueError(
+                f"{name}: document {len(index)} has ids {low} to {high}, the vocabulary {vocab_size} entries"
+            )
         index.append((n_tokens, document.n_bytes, document.source))
         spans += [(n_tokens + s.start, n_tokens + s.end, SPAN_KINDS.index(s.kind)) for s in document.spans]
         ids.append(array.astype(dtype))
@@ -142,7 +144,9 @@ class Shard:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
         except OSError as error:
-            raise CorruptError(f"{path}: named by the manifest, but {error.strerror}; prepare the data set again") from None
+            raise CorruptError(
+                f"{path}: named by the manifest, but {error.strerror}; prepare the data set again"
+            ) from None
         header = np.frombuffer(self._pread(HEADER.itemsize, 0), HEADER)[0]
         self._check_header(header, entry, tokenizer_sha256)
         self.dtype = np.dtype(f"<u{header['token_bytes']}")
@@ -165,7 +169,9 @@ class Shard:
         if hashlib.sha256(blank.tobytes()).hexdigest().encode() != header["checksum"]:
             raise self._corrupt("its header was changed")
         if header["version"] != VERSION:
-            raise ValueError(f"{self.path}: format version {header['version']}, this program reads {VERSION}; prepare it again")
+            raise ValueError(
+                f"{self.path}: format version {header['version']}, this program reads {VERSION}; prepare it again"
+            )
         if header["token_bytes"] not in (2, 4):
             raise self._corrupt(f"tokens of {header['token_bytes']} bytes")
         if header["tokenizer"].decode() != tokenizer_sha256:
@@ -228,7 +234,9 @@ class TokenSet:
         self.shards = [Shard(path / entry.file, entry, self.tokenizer_sha256) for entry in self.entries]
         self.dtype = token_dtype(self.vocab_size)
         if any(shard.dtype != self.dtype for shard in self.shards):
-            raise CorruptError(f"{path}: its shards hold tokens of other sizes than a vocabulary of {self.vocab_size} needs")
+            raise CorruptError(
+                f"{path}: its shards hold tokens of other sizes than a vocabulary of {self.vocab_size} needs"
+            )
         self.n_documents = sum(entry.n_documents for entry in self.entries)
         self.n_bytes = sum(entry.n_bytes for entry in self.entries)
         self._ends = np.cumsum([entry.n_tokens for entry in self.entries], dtype=np.int64)
@@ -299,14 +307,20 @@ class TokenSet:
         """Hash every shard whole against the manifest; CorruptError names the first that differs."""
         for entry in self.entries:
             if sha256_file(self.path / entry.file) != entry.sha256:
-                raise CorruptError(f"{self.path / entry.file}: not the bytes that were written; prepare the data set again")
+                raise CorruptError(
+                    f"{self.path / entry.file}: not the bytes that were written; prepare the data set again"
+                )
 
 
 def _load_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """(manifest, its sha256); errors in words for what is no data set, or not whole."""
     file = path / "manifest.json"
     if not file.is_file():
-        hint = f"python data/prepare.py {path}.yaml" if Path(f"{path}.yaml").exists() else f"python data/prepare.py FILES --out {path}"
+        hint = (
+            f"python data/prepare.py {path}.yaml"
+            if Path(f"{path}.yaml").exists()
+            else f"python data/prepare.py FILES --out {path}"
+        )
         raise FileNotFoundError(f"{path} is not a prepared data set (no manifest.json); make it: {hint}")
     data = file.read_bytes()
     try:
@@ -327,7 +341,11 @@ def _entry(path: Path, values: Any) -> ShardEntry:
     except TypeError:
         raise CorruptError(f"{path}/manifest.json is damaged: a shard's entry is incomplete") from None
     counts = (entry.n_tokens, entry.n_documents, entry.n_bytes)
-    if not all(type(n) is int and n >= 0 for n in counts) or type(entry.file) is not str or type(entry.sha256) is not str:
+    if (
+        not all(type(n) is int and n >= 0 for n in counts)
+        or type(entry.file) is not str
+        or type(entry.sha256) is not str
+    ):
         raise CorruptError(f"{path}/manifest.json is damaged: the entry of shard {entry.file!r}")
     if Path(entry.file).name != entry.file or entry.file.startswith("."):
         raise CorruptError(f"{path}/manifest.json names a file outside its directory: {entry.file!r}")

@@ -1,16 +1,18 @@
 """What a process owes the shell: stop requests by signal, exit codes, errors in words. Stdlib only; each verb imports it first."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-USER_ERROR, NON_FINITE, NO_SPACE, PREEMPTED = 2, 4, 5, 75
+DONE, BUG, USER_ERROR, NON_FINITE, NO_SPACE, PREEMPTED = 0, 1, 2, 4, 5, 75
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 _requested: str | None = None
@@ -29,7 +31,7 @@ def install() -> None:
 
 
 def ignore() -> None:
-    """For worker processes: the parent decides when they stop."""
+    """For worker processes: the parent, which gets the same signals, decides when they stop."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -39,6 +41,8 @@ def _request(number: int, frame: FrameType | None) -> None:
     if _requested is not None:
         os._exit(PREEMPTED)
     _requested = signal.Signals(number).name
+    with contextlib.suppress(OSError):  # not print: a handler may interrupt one
+        os.write(2, f"\n{_requested}: stopping at the next safe point; once more stops at once\n".encode())
 
 
 def stop_requested() -> str | None:
@@ -53,40 +57,54 @@ def check() -> None:
 
 
 def exit_code(error: BaseException) -> int:
-    """What an error means to the shell; 1 is a bug of ours."""
+    """What an error means to the shell."""
     own = getattr(type(error), "exit_code", None)
     if isinstance(own, int):
         return own
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return NO_SPACE
+    # torch.OutOfMemoryError by its name: torch is not imported for the sake of an error
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return NO_SPACE
     if isinstance(error, FloatingPointError):
         return NON_FINITE
-    return USER_ERROR if isinstance(error, USER_ERRORS) else 1
+    return USER_ERROR if isinstance(error, USER_ERRORS) else BUG
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a verb: install the handlers, call `main` with the arguments, print what went wrong in words, exit with its code."""
     install()
     try:
-        code = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except Exception as error:
-        code = exit_code(error)
+        try:
+            code = main(sys.argv[1:]) or DONE
+        finally:
+            sys.stdout.flush()  # here, where a reader that has left can still be told from a mistake
+    except BrokenPipeError:  # the reader of our output has left, as `head` does: nothing went wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = DONE
+    except SystemExit:  # argparse has said what it had to
+        raise
+    except BaseException as error:  # also KeyboardInterrupt, and the panics of Rust libraries, which are no Exceptions
+        code = exit_code(Stopped() if isinstance(error, KeyboardInterrupt) else error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(_words(error, code), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(explain(error, code), file=sys.stderr)
     sys.exit(code)
 
 
-def _words(error: Exception, code: int) -> str:
+def explain(error: BaseException, code: int) -> str:
+    """An error for people: what happened and what to do, each further line under the first."""
     text = str(error) or type(error).__name__
-    if code == 1:
-        return f"error: {type(error).__name__}: {text}\nThis is a bug; run again with --debug for the traceback."
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    if code == PREEMPTED:
+        return "stopped" if isinstance(error, KeyboardInterrupt) else text
+    if code == BUG:
+        text = f"{type(error).__name__}: {text}"
+        text += "\nthis is a bug" + ("" if "--debug" in sys.argv else "; run again with --debug for the traceback")
     if code == NO_SPACE:
-        return f"error: out of disk or memory: {text}\nCheckpoints already written are whole; free some and run the same command again."
-    return text if code == PREEMPTED else f"error: {text}"
+        text = (
+            f"out of disk or memory: {text}\nfinished checkpoints are whole; make room and run the same command again"
+        )
+    return "error: " + textwrap.indent(text, "       ").lstrip()

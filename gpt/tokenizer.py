@@ -1,4 +1,4 @@
-"""Text to ids and back: train, import, encode, decode, fingerprint. No control token is ever read from text or added to it."""
+"""Text to ids and back: train, import, encode, decode, fingerprint. No control token is read from text or added to it."""
 
 import hashlib
 import json
@@ -104,8 +104,8 @@ class Tokenizer:
         start = names["bos_token"] or fallback or names["eos_token"]
         if start is None:
             raise ValueError(
-                f"{self._where}: no start or end token: it needs a tokenizer_config.json beside it that names bos_token "
-                f"or eos_token, or {END} in the vocabulary"
+                f"{self._where}: no start or end token: it needs a tokenizer_config.json beside it that names bos_token"
+                f" or eos_token, or {END} in the vocabulary"
             )
         end = names["eos_token"] or fallback or start
         names |= {"bos_token": start, "eos_token": end, "pad_token": names["pad_token"] or end}
@@ -147,7 +147,8 @@ class Tokenizer:
         encode = self._backend.encode
         with self._guard("encoding failed: "):
             return [
-                [i for piece in self._pieces(text) for i in encode(piece, add_special_tokens=False).ids] for text in texts
+                [i for piece in self._pieces(text) for i in encode(piece, add_special_tokens=False).ids]
+                for text in texts
             ]
 
     def _pieces(self, text: str) -> list[str]:
@@ -182,7 +183,7 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """How a token is shown: its text, or its bytes as `\\xe4` where they are no whole character."""
         if token in self.control_ids:
-            return self._backend.id_to_token(token)
+            return self._backend.id_to_token(token) or ""
         return self.token_bytes(token).decode("utf-8", errors="backslashreplace")
 
     def token_bytes(self, token: int) -> bytes:
@@ -215,7 +216,9 @@ class Tokenizer:
         """What a data set or checkpoint stores: tokenizer.json, and tokenizer_config.json, without which transformers
         would swap in the pre-tokenizer of a model type and read control tokens from text."""
         contents = {"tokenizer.json": self._raw, "tokenizer_config.json": self._config}
-        return {name: (json.dumps(data, indent=1, ensure_ascii=True) + "\n").encode() for name, data in contents.items()}
+        return {
+            name: (json.dumps(data, indent=1, ensure_ascii=True) + "\n").encode() for name, data in contents.items()
+        }
 
 
 class Stream:

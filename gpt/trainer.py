@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,16 +45,22 @@ class TrainConfig(Settings):
 
     name: str = Field(description="the run's directory under runs/; defaults to the file's stem")
     seed: int = Field(1337, description="of the weights, the order of data and dropout")
-    init_from: str | None = Field(None, description="run, checkpoint or Hugging Face directory whose weights and tokenizer to start from")
+    init_from: str | None = Field(
+        None, description="run, checkpoint or Hugging Face directory whose weights and tokenizer to start from"
+    )
     data: DataConfig = Field(description="what is trained on")
-    model: ModelConfig = Field(default_factory=ModelConfig, description="the decoder's shape; with init_from only dropout may be set")
+    model: ModelConfig = Field(
+        default_factory=ModelConfig, description="the decoder's shape; with init_from only dropout may be set"
+    )
     train: TrainingConfig = Field(description="how long, in what portions and on what")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="how parameters move")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate over the run")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="when and on what to evaluate")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when to save and what to keep")
     log: LogConfig = Field(default_factory=LogConfig, description="what people watch")
-    choices: Choices | None = Field(None, description="what settled itself before step 1; written by the run, obeyed when present")
+    choices: Choices | None = Field(
+        None, description="what settled itself before step 1; written by the run, obeyed when present"
+    )
 
 
 def update(
@@ -81,6 +87,15 @@ def update(
         )
     optimizer.step(factor(config.schedule, step, choices.steps))
     return loss, grad_norm
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a checkpoint stands; everything else follows from the step and the settings."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ class Session:
             weights=hf.to_disk(model.config, model.state_dict()),
             optimizer=self.optimizer.state(),
             run_yaml=settings.dump(self.config),
-            state={"step": step, "tokens": self.tokens(step), "elapsed_s": self.elapsed()},
+            state=asdict(State(step, self.tokens(step), self.elapsed())),
         )
 
     def observe(self, step: int) -> None:
@@ -164,7 +179,7 @@ class Session:
         there = {line["kind"] for line in self.run.metrics() if line["step"] == step}
         evaluate_first = step == 0 and config.init_from is not None
         try:
-            if "eval" not in there and (evaluate_first or step and due(step, config.eval.every, steps)):
+            if "eval" not in there and (evaluate_first or (step and due(step, config.eval.every, steps))):
                 self._evaluate(step)
             if "sample" not in there and step and due(step, config.log.sample_every, steps):
                 self._sample(step)
@@ -176,7 +191,9 @@ class Session:
         """Save `step` and raise signals.Stopped."""
         if step:
             self.save(step)
-        raise signals.Stopped(f"stopped by {signals.stop_requested()} at step {step}; the same command continues from there")
+        raise signals.Stopped(
+            f"stopped by {signals.stop_requested()} at step {step}; the same command continues from there"
+        )
 
     def _evaluate(self, step: int) -> None:
         config = self.config
@@ -211,6 +228,10 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
     on non-finite numbers.
     """
     began = time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     if runtime.world_size() > 1:
         raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
     run = RunDirectory(RUNS, _unused(given.name) if fresh else given.name)
@@ -218,25 +239,25 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
         saves = Checkpoints(run.checkpoints, given.checkpoint.keep)
         saves.sweep()
         latest = saves.latest()
-        state = {"step": 0, "elapsed_s": 0.0} if latest is None else load_state(latest)
+        state = State() if latest is None else State(**load_state(latest))
 
         def elapsed() -> float:
-            return state["elapsed_s"] + time.monotonic() - began
+            return state.elapsed_s + time.monotonic() - began
 
         data = open_data(given.data)
-        config = _agree(given, run, data, console)
-        model, config = _settle(config, latest, data, elapsed, console)
+        config = _agree(given, run, data, say)
+        model, config = _settle(config, latest, data, elapsed, say)
         assert config.choices is not None
         optimizer = Optimizer(model, config.optim)
         if latest is not None:
             optimizer.load_state(load_optimizer(latest))
         durable.check_space(run.path, (given.checkpoint.keep + 2) * 12 * plan.n_parameters(model))
         durable.write_file(run.config_path, settings.dump(config).encode())
-        run.truncate_metrics(state["step"])
+        run.truncate_metrics(state.step)
         with Log(run.path, config.log, run_config=_public(config), steps=config.choices.steps, console=console) as log:
             session = Session(config, config.choices, run, saves, log, data, NextToken(model), optimizer, elapsed)
-            _recorded(session, state["step"])
-        _farewell(session, console)
+            _recorded(session, state.step)
+        _farewell(session, say)
 
 
 def _loop(session: Session, start: int) -> int:
@@ -245,6 +266,8 @@ def _loop(session: Session, start: int) -> int:
     forward = parallel.applied(session.objective, compile=choices.compile)
     loader = Loader(session.data.train, config.data.seq_len, _rows(config), config.seed)
     session.observe(start)
+    if session.out_of_patience():
+        return start
     reported, clock = start, time.monotonic()
     for step in range(start + 1, choices.steps + 1):
         loss, grad_norm = update(forward, session.optimizer, loader.batch(step), config, choices, step)
@@ -277,11 +300,15 @@ def _recorded(session: Session, start: int) -> None:
     except BaseException as error:
         run.status("failed", max(session.saves.steps(), default=0), f"{type(error).__name__}: {error}")
         raise
-    reason = "all steps made" if last == session.choices.steps else f"no better val_bpb in {session.config.train.patience} evaluations"
+    reason = (
+        "all steps made"
+        if last == session.choices.steps
+        else f"no better val_bpb in {session.config.train.patience} evaluations"
+    )
     run.status("done", last, reason)
 
 
-def _agree(given: TrainConfig, run: RunDirectory, data: Data, console: Console) -> TrainConfig:
+def _agree(given: TrainConfig, run: RunDirectory, data: Data, say: Callable[[str], None]) -> TrainConfig:
     """The run's settings, the model's filled in: `given`, or what the run was started with, where both say the same.
 
     Raises ValueError with the differences and what to run instead if they do not.
@@ -300,7 +327,7 @@ def _agree(given: TrainConfig, run: RunDirectory, data: Data, console: Console) 
         config = asked.model_copy(update={"choices": stored.choices})
     elif given.init_from is not None:
         source, what = resolve(given.init_from)
-        console.print(f"init_from: {what}", highlight=False)
+        say(f"init_from: {what}")
         config = given.model_copy(update={"model": _source_config(given, source, data)})
     else:
         filled = {"vocab_size": data.tokenizer.padded_size, "max_seq_len": given.data.seq_len}
@@ -308,7 +335,9 @@ def _agree(given: TrainConfig, run: RunDirectory, data: Data, console: Console) 
         config = given.model_copy(update={"model": model})
     assert config.model.max_seq_len is not None
     if config.data.seq_len > config.model.max_seq_len:
-        raise ValueError(f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({config.model.max_seq_len})")
+        raise ValueError(
+            f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({config.model.max_seq_len})"
+        )
     if config.choices is not None and config.choices.data != data.train.fingerprint:
         raise ValueError(
             f"{config.data.path} is not the data set this run was started with: its fingerprint is "
@@ -327,7 +356,9 @@ def _filled(given: TrainConfig) -> list[str]:
 def _source_config(given: TrainConfig, source: Path, data: Data) -> ModelConfig:
     """The source model's shape, with the dropout that `given` asks for; ValueError if shape or tokenizer are not the source's."""
     if extra := given.model.model_fields_set - {"dropout"}:
-        raise ValueError(f"with init_from the model is the source's: remove model.{', model.'.join(sorted(extra))} (dropout may stay)")
+        raise ValueError(
+            f"with init_from the model is the source's: remove model.{', model.'.join(sorted(extra))} (dropout may stay)"
+        )
     model, tokenizer = hf.load(source)
     if tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(
@@ -338,29 +369,27 @@ def _source_config(given: TrainConfig, source: Path, data: Data) -> ModelConfig:
 
 
 def _settle(
-    config: TrainConfig, latest: Path | None, data: Data, elapsed: Callable[[], float], console: Console
+    config: TrainConfig, latest: Path | None, data: Data, elapsed: Callable[[], float], say: Callable[[str], None]
 ) -> tuple[GPT, TrainConfig]:
     """The model with its weights on the device, and the settings with every choice made."""
-
-    def note(line: str) -> None:
-        console.print(line, highlight=False)
-
     choices = config.choices
     device, dtype, threads, why = plan.machine(config.train)
     if choices is not None:
         device, dtype, threads = choices.device, choices.dtype, choices.threads
         runtime.check_device(device)
-        for name, now in runtime.describe().items():
-            if now != getattr(choices, name):
-                note(f"{name} was {getattr(choices, name)}, is {now}: the run continues, its bits may differ")
-    note(f"device: {why if choices is None else f'{device}, {dtype}, {threads} threads (as the run was started)'}")
+        for was, now in ((choices.torch, runtime.torch_version()), (choices.cpu, runtime.cpu_kind())):
+            if now != was:
+                say(f"started on {was}, now on {now}: the run continues, its bits may differ")
+    say(f"device: {why if choices is None else f'{device}, {dtype}, {threads} threads (as the run was started)'}")
     runtime.setup(device, threads)
     model = GPT(config.model).to(device)
-    note(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
+    say(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
     _fill(model, config, latest)
     if choices is None:
-        choices = _choose(config, model, data, (device, dtype, threads), elapsed, note)
+        choices = _choose(config, model, data, (device, dtype, threads), elapsed, say)
         _fill(model, config, latest)  # measuring moved them
+    epochs = choices.steps * config.train.batch_tokens / data.train.n_tokens
+    say(f"data: {data.train.n_tokens:,} tokens, {choices.steps:,} steps are {epochs:.1f} epochs")
     return model, config.model_copy(update={"choices": choices})
 
 
@@ -380,16 +409,25 @@ def _choose(
     data: Data,
     on: tuple[str, str, int],
     elapsed: Callable[[], float],
-    note: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Choices:
     """Settle what is left to choose, by a few updates on real batches where it depends on speed."""
     device, dtype, threads = on
     objective, rows = NextToken(model), _rows(config)
     loader = Loader(data.train, config.data.seq_len, rows, config.seed)
-    fixed = {"device": device, "dtype": dtype, "threads": threads, "data": data.train.fingerprint}
 
     def measure(micro_batch: int, compile: bool) -> float:
-        trial = Choices(**fixed, micro_batch=micro_batch, compile=compile, steps=PROBE_UPDATES, **runtime.describe())
+        trial = Choices(
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            micro_batch=micro_batch,
+            compile=compile,
+            steps=PROBE_UPDATES,
+            data=data.train.fingerprint,
+            torch=runtime.torch_version(),
+            cpu=runtime.cpu_kind(),
+        )
         forward, optimizer = parallel.applied(objective, compile=compile), Optimizer(model, config.optim)
         seconds = []
         for step in range(1, PROBE_UPDATES + 1):
@@ -405,14 +443,26 @@ def _choose(
         evaluation = update_s / 3 * evaluated_tokens(data.val, config.eval.tokens) / config.train.batch_tokens
         return evaluation / config.eval.every + 12 * plan.n_parameters(model) / 3e8 / config.checkpoint.every
 
-    micro_batch = plan.micro_batch(config.train, config.model, rows, config.data.seq_len, device)
-    return plan.choose(config.train, rows=micro_batch, extra=extra, elapsed=elapsed, measure=measure, note=note, **fixed)
+    return plan.choose(
+        config.train,
+        rows=plan.micro_batch(config.train, config.model, rows, config.data.seq_len, device),
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        data=data.train.fingerprint,
+        extra=extra,
+        elapsed=elapsed,
+        measure=measure,
+        note=say,
+    )
 
 
 def _rows(config: TrainConfig) -> int:
     """Rows of one update."""
     if config.train.batch_tokens % config.data.seq_len:
-        raise ValueError(f"train.batch_tokens ({config.train.batch_tokens}) must be a multiple of data.seq_len ({config.data.seq_len})")
+        raise ValueError(
+            f"train.batch_tokens ({config.train.batch_tokens}) must be a multiple of data.seq_len ({config.data.seq_len})"
+        )
     return config.train.batch_tokens // config.data.seq_len
 
 
@@ -427,10 +477,10 @@ def _public(config: TrainConfig) -> dict[str, object]:
     return {name: value for name, value in settings.flatten(config).items() if not name.startswith(hidden)}
 
 
-def _farewell(session: Session, console: Console) -> None:
+def _farewell(session: Session, say: Callable[[str], None]) -> None:
     """Say how it ended and what to type next."""
     best = session.run.best(session.saves.steps())
     scores = {line["step"]: line["val_bpb"] for line in session.run.metrics() if line["kind"] == "eval"}
     if best is not None:
-        console.print(f"best: {scores[best]:.4f} bits/byte at step {best}, {session.saves.path(best)}", highlight=False)
-    console.print(f'next: python sample.py {session.run.path} --prompt "..."', highlight=False)
+        say(f"best: {scores[best]:.4f} bits/byte at step {best}, {session.saves.path(best)}")
+    say(f'next: python sample.py {session.run.path} --prompt "..."')

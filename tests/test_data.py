@@ -126,11 +126,6 @@ def test_epochs_differ_in_order_and_in_where_rows_are_cut(split: Split) -> None:
     assert len({frozenset(cuts) for cuts in epochs.tolist()}) > 1
 
 
-def test_passes_are_counted_in_rows(split: Split) -> None:
-    loader = Loader(split(100), 10, 11, seed=0)
-    assert [loader.epoch(step) for step in (0, 1, 3)] == [0.0, 1.0, 3.0]
-
-
 def test_a_training_split_shorter_than_a_row_is_refused_with_both_numbers(split: Split) -> None:
     with pytest.raises(ValueError, match=r"has 9 tokens, fewer than data\.seq_len \(10\)"):
         Loader(split(4, 5), 10, 1, seed=0)

@@ -360,6 +360,14 @@ def test_text_that_ends_inside_a_character_shows_nothing_broken(tokenizer: Token
     assert events[-1].finish_reason == "length"
 
 
+def test_what_stands_before_an_unfinished_character_is_shown() -> None:
+    accents = tokenizers.train(["x é è ê ë à á â ã ä " * 9], "bpe", 265)  # its one merge: a space and the first byte
+    ids = accents.encode("x ñ")
+    assert len(ids) == 3
+    events = say(accents, ids[:2])
+    assert [event.text for event in events] == ["x", " "]
+
+
 @pytest.mark.parametrize("stop", ["e se", "sea", "rs", "; full", "a, and the"])
 def test_a_stop_string_across_token_borders_ends_the_text_before_it(tokenizer: Tokenizer, stop: str) -> None:
     text = "the river runs to the sea, and the sea is; full of rivers"

@@ -254,6 +254,7 @@ def test_rmsnorm_is_its_formula() -> None:
 def test_rmsnorm_of_bf16_is_computed_in_fp32() -> None:
     norm, x = RMSNorm(512, eps=1e-6), normal(4, 512, dtype=torch.bfloat16)
     assert torch.equal(norm(x), norm(x.float()).bfloat16())
+    assert torch.equal(norm.bfloat16()(x), norm(x.float()).bfloat16())
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

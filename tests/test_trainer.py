@@ -8,6 +8,8 @@ from rich.console import Console
 
 from gpt import config, prepare, signals, trainer
 from gpt.checkpoint import load_weights
+from gpt.evaluate import Evaluation
+from gpt.run import RunDirectory
 from gpt.trainer import TrainConfig, train, update
 
 CONSOLE = Console(quiet=True)
@@ -85,7 +87,9 @@ def test_training_lowers_the_validation_loss(here: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(here: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(
+    here: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     train(settings("name=whole", f"optim.kind={kind}"), console=CONSOLE)
     for step in (1, 6, 11):
         with monkeypatch.context() as patch:
@@ -96,10 +100,14 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(here: Path, monke
     train(settings(f"optim.kind={kind}"), console=CONSOLE)
     assert curve("tiny") == curve("whole")
     assert weights("tiny", 12) == weights("whole", 12)
-    assert [(e["step"], e["val_bpb"]) for e in metrics("tiny", "eval")] == [(e["step"], e["val_bpb"]) for e in metrics("whole", "eval")]
+    assert [(e["step"], e["val_bpb"]) for e in metrics("tiny", "eval")] == [
+        (e["step"], e["val_bpb"]) for e in metrics("whole", "eval")
+    ]
 
 
-def test_every_step_stands_in_metrics_once_after_a_resume_from_an_older_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_stands_in_metrics_once_after_a_resume_from_an_older_checkpoint(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = trainer.update
 
     def crashing(*args, **kwargs):
@@ -116,7 +124,9 @@ def test_every_step_stands_in_metrics_once_after_a_resume_from_an_older_checkpoi
     assert [step for step, _, _ in curve("tiny")] == list(range(1, 13))
 
 
-def test_an_evaluation_that_was_due_after_the_last_save_is_made_up_on_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_was_due_after_the_last_save_is_made_up_on_resume(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def crash(*args, **kwargs):
         raise MemoryError
 
@@ -151,7 +161,6 @@ def test_fresh_starts_beside_the_old_run(here: Path) -> None:
 
 
 def test_a_run_in_use_is_refused(here: Path) -> None:
-    from gpt.run import RunDirectory
 
     with RunDirectory(Path("runs"), "tiny").lock(), pytest.raises(ValueError, match="in use"):
         train(settings(), console=CONSOLE)
@@ -159,14 +168,25 @@ def test_a_run_in_use_is_refused(here: Path) -> None:
 
 def test_micro_batches_do_not_change_the_objective(here: Path) -> None:
     for rows in (1, 2, 8):
-        train(settings(f"name=rows{rows}", f"train.micro_batch={rows}", "model.dropout=0", "train.steps=3", "train.dtype=float32"), console=CONSOLE)
+        train(
+            settings(
+                f"name=rows{rows}",
+                f"train.micro_batch={rows}",
+                "model.dropout=0",
+                "train.steps=3",
+                "train.dtype=float32",
+            ),
+            console=CONSOLE,
+        )
     reference = curve("rows8")
     for rows in (1, 2):
         for (_, loss, norm), (_, loss8, norm8) in zip(curve(f"rows{rows}"), reference, strict=True):
             assert loss == pytest.approx(loss8, rel=1e-4) and norm == pytest.approx(norm8, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight_and_writes_no_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_changes_no_weight_and_writes_no_checkpoint(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = trainer.parallel.applied
 
     def poisoned(objective, *, compile):
@@ -183,7 +203,9 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_writes_no_checkpoint(he
         train(settings(), console=CONSOLE)
     saved = sorted(path.name for path in Path("runs/tiny/checkpoints").iterdir() if not path.name.startswith("."))
     assert saved == ["step_00000004"]
-    assert all(torch.isfinite(value).all() for value in load_weights(Path("runs/tiny/checkpoints/step_00000004")).values())
+    assert all(
+        torch.isfinite(value).all() for value in load_weights(Path("runs/tiny/checkpoints/step_00000004")).values()
+    )
 
 
 def test_update_leaves_the_weights_alone_when_the_gradient_is_not_finite(here: Path) -> None:
@@ -206,7 +228,7 @@ def test_update_leaves_the_weights_alone_when_the_gradient_is_not_finite(here: P
 
 def test_patience_ends_a_run_that_stopped_improving(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([3.0, 2.0, 2.5, 2.5, 1.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: trainer.Evaluation(1.0, next(scores)))
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: Evaluation(1.0, next(scores)))
     train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
     assert [line["val_bpb"] for line in metrics("tiny", "eval")] == [3.0, 2.0, 2.5, 2.5]
     status = json.loads(Path("runs/tiny/status.json").read_text())
@@ -219,7 +241,11 @@ def test_patience_ends_a_run_that_stopped_improving(here: Path, monkeypatch: pyt
 def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(here: Path) -> None:
     train(settings("train.steps=40", "eval.every=40", "checkpoint.every=40"), console=CONSOLE)
     before = weights("tiny", 40)
-    Path("tune.yaml").write_text(SETTINGS.replace("model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}", "init_from: runs/tiny"))
+    Path("tune.yaml").write_text(
+        SETTINGS.replace(
+            "model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}", "init_from: runs/tiny"
+        )
+    )
     tune = config.load(TrainConfig, Path("tune.yaml"), ["name=tuned"])
     train(tune, console=CONSOLE)
     evals = metrics("tuned", "eval")
@@ -253,7 +279,9 @@ def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(here: Path, monkeypa
 def test_another_data_set_under_the_same_path_is_refused_on_resume(here: Path, data_set: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     (here / "data" / "tiny").unlink()
-    recipe = prepare.load_recipe(data_set.parent / "tiny.yaml", [f"input={data_set.parent / 'text.jsonl'}", "vocab_size=290"])
+    recipe = prepare.load_recipe(
+        data_set.parent / "tiny.yaml", [f"input={data_set.parent / 'text.jsonl'}", "vocab_size=290"]
+    )
     prepare.prepare(recipe, here / "data" / "tiny", console=CONSOLE)
     with pytest.raises(ValueError, match="fingerprint"):
         train(settings("train.steps=4"), console=CONSOLE)

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt import durable
@@ -21,17 +20,24 @@ from gpt.config import Count, Settings
 from gpt.durable import CorruptError
 from gpt.run import MANIFEST, checkpoint_path, saved_steps
 
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer-00000-of-00001.safetensors", "state.json"
+FORMAT = 1
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer-00000-of-00001.safetensors"
+STATE, SETTINGS = "state.json", "run.yaml"
 PART = 64 << 20  # bytes of a tensor handed to the disk at once
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -46,19 +52,21 @@ class CheckpointConfig(Settings):
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """The safetensors format (its README, "Format"), tensor by tensor: no second copy of the model in memory."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each begins aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: safetensors has no {tensor.dtype}")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        for start in range(0, len(raw), PART):
-            yield memoryview(raw[start : start + PART].numpy())
+    for _, tensor in ordered:
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        for at in range(0, len(raw), PART):
+            yield raw[at : at + PART].data
 
 
 def save(
@@ -70,7 +78,10 @@ def save(
     run_yaml: str,
     state: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint to `path`, whole or not at all. FloatingPointError, with nothing written, for a weight that is not finite."""
+    """Write a checkpoint to `path`, whole or not at all.
+
+    FloatingPointError, with nothing written, for a weight that is not finite.
+    """
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise FloatingPointError(f"{path} was not written: {', '.join(broken[:3])} holds numbers that are not finite")
@@ -82,29 +93,33 @@ def save(
         **{name: [data] for name, data in model_files.items()},
         WEIGHTS: serialize(weights, {"format": "pt"}),
         OPTIMIZER: serialize(optimizer, slices),
-        "run.yaml": [run_yaml.encode()],
+        SETTINGS: [run_yaml.encode()],
         STATE: [json.dumps(state, indent=1).encode()],
     }
     with durable.Directory(path) as directory:
         files = {name: directory.write(name, chunks) for name, chunks in contents.items()}
-        directory.write(MANIFEST, json.dumps({"format": 1, "sha256": files}, indent=1).encode())
+        directory.write(MANIFEST, json.dumps({"format": FORMAT, "sha256": files}, indent=1).encode())
 
 
 def verify(path: Path) -> None:
     """CorruptError naming the first file of the checkpoint that is not what was written."""
+    manifest = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        files = dict(manifest["sha256"])
-        if not all(isinstance(value, str) for pair in files.items() for value in pair):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise CorruptError(f"{path / MANIFEST} is missing or damaged; {_advice(path)}") from None
+        told = json.loads(manifest.read_bytes())
+        version, files = told["format"], told["sha256"]
+        forgotten = sorted({WEIGHTS, OPTIMIZER, STATE, SETTINGS} - files.keys())
+    except FileNotFoundError:
+        raise CorruptError(f"{manifest} is missing; {_advice(path)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CorruptError(f"{manifest} is damaged; {_advice(path)}") from None
+    if version != FORMAT:
+        raise CorruptError(f"{manifest}: format {version!r}, this program reads {FORMAT}; {_advice(path)}")
+    if forgotten:
+        raise CorruptError(f"{manifest} does not name {forgotten[0]}; {_advice(path)}")
     for name, sha256 in files.items():
         file = path / name
-        if Path(name).name != name or file.is_symlink():
-            raise CorruptError(
-                f"{path / MANIFEST} names '{name}', which is not a plain file beside it; {_advice(path)}"
-            )
+        if not durable.is_plain(name) or file.is_symlink():
+            raise CorruptError(f"{manifest} names {name!r}, which is not a plain file beside it; {_advice(path)}")
         if not file.is_file():
             raise CorruptError(f"{file} is missing; {_advice(path)}")
         if durable.sha256_file(file) != sha256:
@@ -131,8 +146,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    """Copies in memory: the package's own tensors stand on the file, and change with it."""
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, FileNotFoundError) as error:
         raise CorruptError(f"{file}: {error}; {_advice(file.parent)}") from None
 

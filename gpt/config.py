@@ -232,15 +232,15 @@ def _explained(source: Source, schema: type[Settings], error: ValidationError) -
     found: dict[Key, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_key(source.values, detail), []).append(detail)
-    inner = {
-        key[:depth] for key in found for depth in range(len(key))
-    }  # a mistake inside a value says more than one about it
+    # A mistake inside a value says more than one about the value.
+    inner = {key[:depth] for key in found for depth in range(len(key))}
     return [_sentence(source, schema, key, details) for key, details in found.items() if key not in inner]
 
 
 def _key(values: dict[str, Any], detail: ErrorDetails) -> Key:
     """pydantic's location without the names of union members that it puts between."""
     key: Key = ()
+    name: Any
     value: Any = values
     for name in detail["loc"]:
         if (isinstance(value, dict) and name in value) or (isinstance(value, list) and name in range(len(value))):

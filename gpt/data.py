@@ -75,7 +75,18 @@ def rows(tokens: TokenSet, starts: np.ndarray, stops: np.ndarray, seq_len: int, 
         ids[i, : len(inside)] = inside
         targets[i, : stop - start] = ids[i, 1 : stop - start + 1]
         ids[i, stop - start :] = tokens.start_id
+        if tokens.has_spans:
+            targets[i, : stop - start][~_learned(tokens, start + 1, stop - start)] = IGNORED
     return Batch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets))
+
+
+def _learned(tokens: TokenSet, start: int, count: int) -> np.ndarray:
+    """(count,) bool: which of the tokens start .. start + count - 1 lie in a `train` span."""
+    learned = np.zeros(count, dtype=bool)
+    for span in tokens.spans(start, count):
+        if span.kind == "train":
+            learned[max(0, span.start - start) : span.end - start] = True
+    return learned
 
 
 class Loader:

@@ -101,6 +101,14 @@ class Directory:
             _sync_directory(self.path.parent)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it that are missing, durably; one that exists is left alone."""
+    for directory in reversed((path, *path.parents)):
+        if not directory.exists():
+            fs.mkdir(directory)
+            _sync_directory(directory.parent)
+
+
 def remove_directory(path: Path) -> None:
     """Delete a directory so that it is never seen in part: it is renamed away first."""
     doomed = _temporary(path)

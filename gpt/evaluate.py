@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from pydantic import Field
 
-from gpt import runtime
+from gpt import runtime, signals
 from gpt.config import Count, Settings
-from gpt.data import evaluated_bytes, evaluated_tokens, validation_batches
+from gpt.data import evaluated_bytes, validation_batches
 from gpt.loss import NextToken
 from gpt.shards import TokenSet
 
@@ -41,16 +41,21 @@ def evaluate(
     device: str,
     dtype: str,
 ) -> Evaluation:
-    """Score every target of the split (or of its first documents) once, delimiters included; the mode stays."""
+    """Score every target of the split (or of its first documents) once, delimiters included; the mode stays.
+
+    Raises signals.Stopped between batches when asked to stop.
+    """
     was_training = objective.training
     objective.eval()
-    nats = torch.zeros((), dtype=torch.float64)
+    nats, n_targets = torch.zeros((), dtype=torch.float64), 0
     for batch in validation_batches(tokens, seq_len, batch_rows, config.tokens):
+        signals.check()
+        n_targets += batch.n_targets
         with runtime.autocast(device, dtype):
             nats += objective(batch.tokens.to(device), batch.targets.to(device)).cpu().double()
     objective.train(was_training)
     total = float(nats)
     return Evaluation(
-        val_loss=total / evaluated_tokens(tokens, config.tokens),
+        val_loss=total / max(1, n_targets),
         val_bpb=total / math.log(2) / evaluated_bytes(tokens, config.tokens),
     )

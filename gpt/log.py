@@ -1,36 +1,43 @@
-"""What people watch: metrics.jsonl, the console, and wandb where it is asked for. No sink can stop the training."""
+"""What people watch: metrics.jsonl, which is the record, the console, and wandb where it is asked for. Decides nothing."""
 
+import contextlib
 import json
+import math
 import os
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from pydantic import Field
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from gpt import durable
 from gpt.config import Count, Settings
+from gpt.signals import Stopped
+
+WATCHER_GONE = (
+    OSError,
+    SystemExit,
+)  # what rich raises when the terminal or the pipe is closed: no reason to stop training
 
 
 class WandbConfig(Settings):
     """Where wandb files the run."""
 
     project: str = Field("gpt", description="wandb project")
-    entity: str | None = Field(None, description="wandb user or team; null: the default one")
+    entity: str | None = Field(None, description="wandb user or team; null: the account's own")
     group: str | None = Field(None, description="group of runs")
     tags: tuple[str, ...] = Field((), description="labels")
-    mode: Literal["online", "offline", "disabled"] = Field(
-        "online", description="offline keeps the files here for `wandb sync`"
-    )
+    mode: Literal["online", "offline"] = Field("online", description="offline keeps the files here for `wandb sync`")
 
 
 class LogConfig(Settings):
-    """What is written down and how often."""
+    """What is written down, and how often."""
 
     every: Count = Field(10, ge=1, description="steps between training lines")
     sample_every: Count | None = Field(None, ge=1, description="steps between samples of text; null: none")
@@ -38,155 +45,205 @@ class LogConfig(Settings):
 
 
 class Log:
-    """One line in metrics.jsonl for every record, the same to the console and to wandb."""
+    """Each record is one line of metrics.jsonl and goes to the console and to wandb. A context manager.
+
+    Only a metrics.jsonl that cannot be written raises (OSError).
+    """
 
     def __init__(
-        self, path: Path, config: LogConfig, *, run_config: Mapping[str, Any], steps: int, console: Console
+        self, run_path: Path, config: LogConfig, *, run_config: Mapping[str, Any], steps: int, console: Console
     ) -> None:
-        self.steps, self.console = steps, console
-        self._file = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._wandb = None if config.wandb is None else Wandb(path, config.wandb, run_config, self.note)
+        self._steps, self._console = steps, console
+        self._file = (run_path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._wandb = None if config.wandb is None else Wandb(run_path, config.wandb, run_config, self.note)
+        columns = BarColumn(40), TextColumn("{task.completed}/{task.total}")
+        # No refresh thread: it would take its share of the cores from training.
         self._bar = Progress(
-            BarColumn(40),
-            TextColumn("{task.completed}/{task.total}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
+            *columns, console=console, disable=not console.is_terminal, transient=True, auto_refresh=False
         )
         self._task = self._bar.add_task("", total=steps)
-        self._began: tuple[int, float] | None = None
+        self._first: tuple[int, float] | None = None  # step and time of this process's first training line
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        with contextlib.suppress(*WATCHER_GONE):
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self.close(failed=kind is not None and not issubclass(kind, Stopped))
+
+    def close(self, *, failed: bool = False) -> None:
+        """End every sink; `failed` is what wandb is told."""
+        with contextlib.suppress(*WATCHER_GONE):
+            self._bar.stop()
+        if self._wandb is not None:
+            self._wandb.finish(failed)
         self.sync()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(failed=kind is not None)
 
-    def train(self, step: int, **values: Any) -> None:
-        """Record an update."""
-        self._write("train", step, values)
-        if self._began is None:
-            self._began = step, time.monotonic()
-        rate = (
-            f"{values['tokens_per_second'] / 1000:.1f}k tok/s"
-            if values["tokens_per_second"] < 1e6
-            else f"{values['tokens_per_second'] / 1e6:.2f}M tok/s"
-        )
-        mfu = "" if values.get("mfu") is None else f"  mfu {values['mfu']:.2f}"
-        self.note(
-            f"step {step}/{self.steps}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
-            f"{rate}{mfu}  eta {self._eta(step)}"
-        )
+    def train(
+        self,
+        step: int,
+        *,
+        tokens: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens_per_second: float,
+        **others: Any,
+    ) -> None:
+        """Record an update: nats per target, peak learning rate in force, gradient norm before clipping."""
+        rates = {"lr": lr, "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
+        self._record("train", step, {"tokens": tokens, "loss": loss, **rates, **others})
+        eta = duration(self._seconds_left(step, tokens_per_second * step / max(1, tokens)))
+        mfu = f"  mfu {others['mfu']:.2f}" if others.get("mfu") else ""
+        rate = f"{thousands(tokens_per_second)} tok/s{mfu}  eta {eta}"
+        self.note(f"step {step}/{self._steps}  loss {loss:.3f}  lr {power(lr)}  grad {grad_norm:.2f}  {rate}")
 
-    def eval(self, step: int, **values: Any) -> None:
-        """Record an evaluation."""
-        self._write("eval", step, values)
-        self.note(f"step {step}/{self.steps}  val_loss {values['val_loss']:.4f}  val_bpb {values['val_bpb']:.4f}")
+    def eval(self, step: int, *, tokens: int, val_loss: float, val_bpb: float, **others: Any) -> None:
+        """Record an evaluation: nats per target and bits per raw byte."""
+        self._record("eval", step, {"tokens": tokens, "val_loss": val_loss, "val_bpb": val_bpb, **others})
+        self.note(f"step {step}/{self._steps}  val_loss {val_loss:.4f}  val_bpb {val_bpb:.4f}")
 
-    def sample(self, step: int, **values: Any) -> None:
+    def sample(self, step: int, *, tokens: int, text: str) -> None:
         """Record text that the model wrote."""
-        self._write("sample", step, values)
-        self.note("\n".join(f"    | {line}" for line in values["text"].strip("\n").split("\n")))
+        self._record("sample", step, {"tokens": tokens, "text": text})
+        self.note(
+            f"step {step}/{self._steps}  sample\n" + "\n".join(f"  | {line}" for line in text.strip("\n").split("\n"))
+        )
 
     def note(self, text: str) -> None:
-        """A line for people only."""
-        self.console.print(escape(text), highlight=False, soft_wrap=True)
+        """A line for people only. Control characters, which a model can write too, do not reach the terminal."""
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        with contextlib.suppress(*WATCHER_GONE):
+            self._console.print(Text(shown), soft_wrap=True)
 
     def sync(self) -> None:
         """What was recorded so far is on the disk when this returns."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False, ensure_ascii=False) + "\n")
+    def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        line = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
-        self._bar.update(self._task, completed=step)
         if self._wandb is not None:
             self._wandb.log(kind, step, values)
+        with contextlib.suppress(*WATCHER_GONE):
+            self._bar.update(self._task, completed=step, refresh=True)
 
-    def _eta(self, step: int) -> str:
-        assert self._began is not None
-        first, began = self._began
-        left = int((self.steps - step) * (time.monotonic() - began) / (step - first)) if step > first else None
-        if left is None:
-            return "--:--"
-        hours, seconds = divmod(left, 3600)
-        return (f"{hours}:" if hours else "") + f"{seconds // 60:02d}:{seconds % 60:02d}"
+    def _seconds_left(self, step: int, steps_per_s: float) -> float:
+        """By the clock since this process's first line, evaluations and saves included; at that line by its own rate."""
+        now = time.monotonic()
+        if self._first is None or step <= self._first[0]:
+            self._first = step, now
+        else:
+            steps_per_s = (step - self._first[0]) / max(now - self._first[1], 1e-9)
+        return (self._steps - step) / steps_per_s if steps_per_s > 0 else math.inf
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def duration(seconds: float) -> str:
+    """04:12, or 3:04:12 from an hour on."""
+    if not math.isfinite(seconds):
+        return "--:--"
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes:02d}:{left:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{left:02d}"
+
+
+def thousands(number: float) -> str:
+    """950, 12.3k or 1.24M."""
+    if number >= 999_950:
+        return f"{number / 1e6:.2f}M"
+    return f"{number / 1e3:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def power(number: float) -> str:
+    """3.0e-4."""
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 class Wandb:
-    """wandb behind a guard: whatever it does, training goes on without it. Its id and last step live in wandb.json.
+    """wandb behind a guard: whatever it does, training goes on without it.
 
-    x-axis is tokens; a step at or below the last one logged, which a resume from an older checkpoint makes again, is not
-    logged twice. It is told an allowlist of settings; no code, arguments, environment or machine statistics.
+    wandb.json in the run directory keeps the run's id, so that a resume continues it, and the last step sent of each kind:
+    the steps that a resume makes again are not sent twice. wandb is told `run_config` and the records, and no code,
+    arguments, environment or machine.
     """
 
-    def __init__(self, path: Path, config: WandbConfig, run_config: Mapping[str, Any], note: Any) -> None:
-        self._state_path, self._note, self._run = path / "wandb.json", note, None
-        self._state: dict[str, Any] = {"id": None, "last": {}}
-        try:
-            import wandb  # here: it takes seconds, and a run without it must not need it
+    def __init__(
+        self, run_path: Path, config: WandbConfig, run_config: Mapping[str, Any], note: Callable[[str], None]
+    ) -> None:
+        self._path, self._note = run_path / "wandb.json", note
+        self._run: Any = None
+        self._sent: dict[str, int] = {}
+        with self._guarded():
+            self._run = self._start(run_path, config, run_config)
 
-            if self._state_path.exists():
-                self._state = json.loads(self._state_path.read_bytes())
-            quiet = wandb.Settings(
-                init_timeout=30,
-                save_code=False,
-                disable_git=True,
-                console="off",
-                x_disable_stats=True,
-                x_disable_meta=True,
-                silent=True,
-            )
-            self._run = wandb.init(
-                dir=path,
-                name=path.name,
-                id=self._state["id"],
-                resume="allow",
-                config=dict(run_config),
-                settings=quiet,
-                **config.model_dump(),
-            )
-            self._run.define_metric("*", step_metric="tokens")
-            self._state["id"] = self._run.id
-            self._keep()
-        except Exception as error:
-            self._detach(error)
+    def _start(self, run_path: Path, config: WandbConfig, run_config: Mapping[str, Any]) -> Any:
+        import wandb  # here: it takes a second, and a run that does not ask for it must not need it
+
+        if config.mode == "online" and not wandb.login(prompt=False):  # its prompt would hold up training
+            raise ValueError("not logged in; run `wandb login`, or set log.wandb.mode=offline")
+        state: dict[str, Any] = {"id": secrets.token_hex(4), "sent": {}}
+        if self._path.exists():
+            state = json.loads(self._path.read_bytes())
+        self._id, self._sent = str(state["id"]), dict(state["sent"])
+        self._keep()
+        silence = {"silent": True, "console": "off", "init_timeout": 30, "finish_timeout": 60}
+        secrecy = {
+            "disable_code": True,
+            "save_code": False,
+            "disable_git": True,
+            "disable_job_creation": True,
+            "x_disable_meta": True,
+            "x_disable_machine_info": True,
+            "x_disable_stats": True,
+            "x_save_requirements": False,
+        }
+        run = wandb.init(
+            **config.model_dump(),
+            id=self._id,
+            resume="allow",
+            name=run_path.name,
+            dir=str(run_path),
+            config=dict(run_config),
+            settings=wandb.Settings(**silence, **secrecy),
+        )
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        return run
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        if self._run is None or step <= self._state["last"].get(kind, -1):
-            return
-        try:
-            prefixed = {
-                name if name == "tokens" else f"{kind}/{name}": value
-                for name, value in values.items()
-                if value is not None
-            }
-            self._run.log(prefixed)
-            self._state["last"][kind] = step
-            self._keep()
-        except Exception as error:
-            self._detach(error)
+        """Send a record, unless this step was sent before."""
+        with self._guarded():
+            if self._run is not None and step > self._sent.get(kind, -1):
+                self._sent[kind] = step
+                self._keep()  # first: killed in between, a step is missing there rather than twice
+                named = {n if n == "tokens" else f"{kind}/{n}": v for n, v in values.items() if v is not None}
+                self._run.log(named)
 
     def finish(self, failed: bool) -> None:
-        if self._run is not None:
-            try:
+        """Close the run; waits a minute at most for what is still to be sent."""
+        with self._guarded():
+            if self._run is not None:
                 self._run.finish(exit_code=int(failed))
-            except Exception as error:
-                self._detach(error)
 
     def _keep(self) -> None:
-        durable.write_file(self._state_path, json.dumps(self._state).encode())
+        durable.write_file(self._path, json.dumps({"id": self._id, "sent": self._sent}).encode())
 
-    def _detach(self, error: Exception) -> None:
-        self._run = None
-        self._note(
-            f"wandb: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; training goes on without it"
-        )
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self._run = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._note(f"wandb: {reason}; training goes on without it")

@@ -488,7 +488,7 @@ def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: 
         try:
             fresh, skipped = _prepare(settings, out, work, console, overwrite)
         finally:
-            if not (work / "set").exists():  # nothing to continue from
+            if not (work / "set" / "tokenizer.json").exists():  # nothing to continue from
                 durable.remove_directory(work)
     report = _report(out, skipped)
     if fresh:

@@ -1,6 +1,11 @@
-"""The run directory: its name, lock, settings, status and metrics; and from a source that a user names to the model directory meant."""
+"""The run directory: its lock, settings, status and metrics; and the model directory that a user's SOURCE names.
+
+It writes no checkpoint and reads no tensor: it knows only where checkpoints stand.
+"""
 
 import json
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +13,19 @@ from gpt import durable
 
 MANIFEST = "manifest.json"  # written last: a checkpoint without it does not count
 STATES = ("running", "preempted", "done", "failed")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+KINDS = "a run (runs/NAME), a checkpoint in it, or a Hugging Face model directory (config.json, model.safetensors)"
 
 
 class RunDirectory:
     """runs/NAME, made when it does not exist."""
 
     def __init__(self, root: Path, name: str) -> None:
-        if Path(name).name != name or name.startswith("."):
+        if not durable.is_plain(name):
             raise ValueError(f"'{name}' cannot be a run's name: use letters, digits, '-' and '_'")
         self.path = root / name
-        self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoints = self.path / "checkpoints"
-        self.checkpoints.mkdir(exist_ok=True)
+        durable.make_directory(self.checkpoints)
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
 
@@ -40,31 +46,38 @@ class RunDirectory:
         return read_metrics(self.metrics_path)
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop what was logged past `step`, the checkpoint that training continues from."""
+        """Drop what was logged past `step`, the checkpoint that training continues from; the rest keeps its bytes."""
         if self.metrics_path.exists():
-            kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-            durable.write_file(self.metrics_path, "".join(kept).encode())
+            kept = [line for line, values in _lines(self.metrics_path) if values["step"] <= step]
+            durable.write_file(self.metrics_path, kept)
 
-    def best(self, steps: list[int]) -> int | None:
-        """The step among `steps` with the lowest val_bpb."""
-        return _best(self.metrics(), steps)
+    def best(self, steps: Sequence[int]) -> int | None:
+        """The step among `steps` with the lowest val_bpb, None where none was evaluated."""
+        scores = _scores(self.metrics(), steps)
+        return min(scores, key=scores.__getitem__, default=None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """One object a line; CorruptError for a line that is none, except a torn last one."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    metrics = []
-    for number, line in enumerate(lines[:-1], 1):  # what stands behind the last newline was never finished
+    return [values for _, values in _lines(path)] if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(the line, what it says) for every finished line: what stands behind the last newline was never finished."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            metrics.append(json.loads(line))
-        except ValueError:
-            raise durable.CorruptError(f"{path}:{number} is not JSON; delete that line") from None
-    return metrics
+            values = json.loads(line)
+            if type(values["step"]) is not int or type(values["kind"]) is not str:
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise durable.CorruptError(f"{path}:{number}: not a line of metrics; delete that line") from None
+        yield line + b"\n", values
 
 
-def _best(metrics: list[dict[str, Any]], steps: list[int]) -> int | None:
-    scores = [(line["val_bpb"], line["step"]) for line in metrics if line["kind"] == "eval" and line["step"] in steps]
-    return min(scores)[1] if scores else None
+def _scores(metrics: Sequence[dict[str, Any]], steps: Sequence[int]) -> dict[int, float]:
+    """val_bpb of those `steps` that were evaluated to a finite number."""
+    scores = {line["step"]: line.get("val_bpb") for line in metrics if line["kind"] == "eval" and line["step"] in steps}
+    return {step: score for step, score in scores.items() if isinstance(score, float) and math.isfinite(score)}
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -74,49 +87,56 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def saved_steps(directory: Path) -> list[int]:
     """Steps of the whole checkpoints, ascending: from their names, never from a pointer or a clock."""
-    return sorted(int(file.parent.name[5:]) for file in directory.glob(f"step_[0-9]*/{MANIFEST}"))
+    names = [file.parent.name for file in directory.glob(f"step_*/{MANIFEST}")]
+    steps = [int(digits) for name in names if (digits := name.removeprefix("step_")).isdecimal()]
+    return sorted(step for step in steps if checkpoint_path(directory, step).name in names)
 
 
 def resolve(source: str) -> tuple[Path, str]:
-    """(model directory, what it is in words) for RUN, RUN@STEP, RUN@best, RUN@last, a checkpoint or a Hugging Face directory.
+    """(model directory, what it is in words) for RUN, RUN@STEP, RUN@best, RUN@last, a checkpoint, a Hugging Face directory.
 
-    A run alone means its best checkpoint. Raises ValueError or FileNotFoundError in words.
+    A run alone means its best checkpoint, its last where none was evaluated. ValueError or FileNotFoundError in words.
     """
-    name, at, which = source.rpartition("@") if "@" in source and not Path(source).exists() else (source, "", "best")
+    try:
+        given = Path(source).exists()
+    except OSError as error:  # it is too long to be a path
+        raise ValueError(f"{source[:60]!r}...: {error.strerror}; expected {KINDS}") from None
+    name, at, which = (source, "", "best") if given or "@" not in source else source.rpartition("@")
     path = Path(name)
-    if path.is_file():
-        if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-            raise ValueError(
-                f"{path} is a pickle, which can run code when loaded; name a directory with model.safetensors instead"
-            )
-        raise ValueError(f"{path} is a file; name a run, a checkpoint or a Hugging Face model directory")
-    if not path.is_dir():
-        hint = f"; did you mean runs/{name}?" if Path("runs", name).is_dir() else ""
-        raise FileNotFoundError(f"{path} does not exist{hint}")
+    if not name or not path.exists():
+        hint = (
+            f"; did you mean {Path('runs', source)}?" if name and Path("runs", name).is_dir() else f"; expected {KINDS}"
+        )
+        raise FileNotFoundError(f"'{name}' does not exist{hint}")
+    _refuse_pickles(path)
     if (path / "checkpoints").is_dir():
         return _in_run(path, which)
     if at:
         raise ValueError(f"{path} is not a run, so '@{which}' names nothing in it")
     if (path / "config.json").is_file():
-        return path, f"{path}"
-    raise ValueError(
-        f"{path} is none of the three kinds of source: a run (with checkpoints/), a checkpoint, or a Hugging Face model "
-        f"directory (with config.json and model.safetensors)"
-    )
+        return path, str(path)
+    raise ValueError(f"{path} is not a model; expected {KINDS}")
+
+
+def _refuse_pickles(path: Path) -> None:
+    """ValueError for a pickle, or a directory with no other weights."""
+    files = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else []
+    pickles = sorted(file for file in files if file.suffix in PICKLES)
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can run code when it is read, so it is not read; expected {KINDS}"
+        )
 
 
 def _in_run(path: Path, which: str) -> tuple[Path, str]:
     steps = saved_steps(path / "checkpoints")
     if not steps:
-        raise ValueError(f"{path} has no checkpoint yet; let it train until the first save (checkpoint.every)")
-    metrics = read_metrics(path / "metrics.jsonl")
-    best = _best(metrics, steps)
-    if which not in ("best", "last") and not (which.isdigit() and int(which) in steps):
-        raise ValueError(f"{path} has no checkpoint '{which}'; there is {', '.join(map(str, steps))}, best and last")
-    step = {"best": steps[-1] if best is None else best, "last": steps[-1]}.get(which) or int(which)
-    score = next(
-        (f", {line['val_bpb']:.4f} bits/byte" for line in metrics if line["kind"] == "eval" and line["step"] == step),
-        "",
-    )
+        raise ValueError(f"{path} has no checkpoint yet; let it train until its first save (checkpoint.every)")
+    if which not in ("best", "last") and not (which.isdecimal() and int(which) in steps):
+        raise ValueError(f"{path} has no checkpoint '{which}'; it has {', '.join(map(str, steps))}, best and last")
+    scores = _scores(read_metrics(path / "metrics.jsonl"), steps)
+    best = min(scores, key=scores.__getitem__, default=steps[-1])
+    step = {"best": best, "last": steps[-1]}.get(which) or int(which)
+    score = f", {scores[step]:.4f} bits/byte" if step in scores else ""
     found = checkpoint_path(path / "checkpoints", step)
-    return found, f"{found} (step {step}{', the best' if step == best else ''}{score})"
+    return found, f"{found} (step {step}{', the best' if step == best and score else ''}{score})"

@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 

@@ -2,12 +2,16 @@
 
 A shard is a header, token ids, a document index, optional spans, and a sha256 for every MiB of what stands before the
 hashes. A data set is a directory of shards with a manifest. Nothing in it says where, when or by how many it was made.
+Every byte is covered by a hash, and is checked before it is used.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import resource
+import stat
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from gpt.durable import CorruptError, sha256_file
+from gpt.durable import CorruptError, is_plain, sha256_file
 
 MAGIC, VERSION = b"GPTSHARD", 1
 BLOCK = 1 << 20
@@ -34,7 +38,8 @@ HEADER = np.dtype(
 )
 DOCUMENT = np.dtype([("start", "<u8"), ("n_bytes", "<u8"), ("source", "<u4")])
 SPAN = np.dtype([("start", "<u8"), ("end", "<u8"), ("kind", "<u4")])
-SPAN_KINDS = ("train", "prefix")
+SPAN_KINDS: tuple[Literal["train", "prefix"], ...] = ("train", "prefix")
+AGAIN = "prepare the data set again"
 
 
 class Span(NamedTuple):
@@ -49,7 +54,7 @@ class Span(NamedTuple):
 class Document:
     """A document's ids, start token first; the raw UTF-8 bytes it came from; the number of its source; its spans."""
 
-    ids: np.ndarray
+    ids: np.ndarray | Sequence[int]
     n_bytes: int
     source: int
     spans: tuple[Span, ...] = ()
@@ -80,37 +85,45 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def write_shard(
     directory: Target, name: str, documents: Iterable[Document], *, vocab_size: int, tokenizer_sha256: str
 ) -> ShardEntry:
-    """Write one shard; ValueError for an id outside the vocabulary. Holds the shard's ids in memory."""
-    dtype, ids, index, spans, n_tokens, max_id = token_dtype(vocab_size), [], [], [], 0, 0
+    """Write one shard; ValueError for an id outside the vocabulary. Holds the shard in memory."""
+    dtype = token_dtype(vocab_size)
+    ids: list[np.ndarray] = []
+    index: list[tuple[int, int, int]] = []
+    spans: list[tuple[int, int, int]] = []
+    n_tokens = 0
     for document in documents:
-        array = np.asarray(document.ids)
-        low, high = (int(array.min()), int(array.max())) if len(array) else (0, 0)
-        if not len(array) or low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"{name}: document {len(index)} has ids {low} to {high}, the vocabulary {vocab_size} entries"
-            )
+        array = _checked_ids(f"{name}: document {len(index)}", document, vocab_size)
         index.append((n_tokens, document.n_bytes, document.source))
-        spans += [(n_tokens + s.start, n_tokens + s.end, SPAN_KINDS.index(s.kind)) for s in document.spans]
+        spans += [(n_tokens + s.start, n_tokens + s.end, SPAN_KINDS.index(s.kind)) for s in sorted(document.spans)]
         ids.append(array.astype(dtype))
-        n_tokens, max_id = n_tokens + len(array), max(max_id, high)
-    header = np.zeros((), HEADER)
-    for field, value in {
-        "magic": MAGIC,
-        "version": VERSION,
-        "token_bytes": dtype.itemsize,
-        "n_tokens": n_tokens,
-        "n_documents": len(index),
-        "n_spans": len(spans),
-        "max_id": max_id,
-        "tokenizer": tokenizer_sha256.encode(),
-    }.items():
-        header[field] = value
-    header["checksum"] = hashlib.sha256(header.tobytes()).hexdigest().encode()
-    sections = [header, *ids, np.array(index, DOCUMENT), np.array(spans, SPAN)]
-    body = b"".join(section.tobytes() for section in sections)
+        n_tokens += len(array)
+    max_id = max((int(array.max()) for array in ids), default=0)
+    counts = (n_tokens, len(index), len(spans), max_id)
+    header = np.array((MAGIC, VERSION, dtype.itemsize, *counts, tokenizer_sha256.encode(), b""), HEADER)
+    header["checksum"] = _header_checksum(header)
+    body = b"".join(part.tobytes() for part in (header, *ids, np.array(index, DOCUMENT), np.array(spans, SPAN)))
     hashes = b"".join(hashlib.sha256(body[i : i + BLOCK]).digest() for i in range(0, len(body), BLOCK))
     sha256 = directory.write(name, [body, hashes])
     return ShardEntry(name, sha256, n_tokens, len(index), sum(n_bytes for _, n_bytes, _ in index))
+
+
+def _checked_ids(where: str, document: Document, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(document.ids)
+    if not len(ids):
+        raise ValueError(f"{where} has no ids, not even the start token")
+    low, high = ids.min(), ids.max()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{where} has ids from {low} to {high}; the vocabulary ends at {vocab_size - 1}")
+    for span in document.spans:
+        if not 0 <= span.start < span.end <= len(ids):
+            raise ValueError(f"{where} has {len(ids)} tokens, and a span from {span.start} to {span.end}")
+    return ids
+
+
+def _header_checksum(header: np.ndarray) -> bytes:
+    blank = header.copy()
+    blank["checksum"] = b""
+    return hashlib.sha256(blank.tobytes()).hexdigest().encode()
 
 
 def write_manifest(
@@ -123,8 +136,8 @@ def write_manifest(
     sources: list[str],
     settings: Mapping[str, Any],
 ) -> None:
-    """Write manifest.json: what the data set is, and a hash of every shard."""
-    manifest = {
+    """Write manifest.json: what the data set is, a hash of every shard, and a checksum of its own."""
+    manifest: dict[str, Any] = {
         "format": VERSION,
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": vocab_size,
@@ -133,59 +146,64 @@ def write_manifest(
         "settings": dict(settings),
         "splits": {name: [asdict(entry) for entry in entries] for name, entries in splits.items()},
     }
-    directory.write("manifest.json", [json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False).encode()])
+    manifest["checksum"] = _manifest_checksum(manifest)
+    directory.write("manifest.json", [json.dumps(manifest, sort_keys=True, indent=1).encode()])
+
+
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 class Shard:
     """One open shard. Every read is checked: each MiB against its hash the first time it is touched."""
 
-    def __init__(self, path: Path, entry: ShardEntry, tokenizer_sha256: str) -> None:
+    def __init__(self, path: Path, entry: ShardEntry, *, vocab_size: int, tokenizer_sha256: str) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
-        except OSError as error:
-            raise CorruptError(
-                f"{path}: named by the manifest, but {error.strerror}; prepare the data set again"
-            ) from None
+            plain = stat.S_ISREG(path.lstat().st_mode)
+        except FileNotFoundError:
+            raise self._corrupt("it is missing, and the manifest names it") from None
+        if not plain:
+            raise self._corrupt("it is not a plain file (links are not followed)")
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         header = np.frombuffer(self._pread(HEADER.itemsize, 0), HEADER)[0]
-        self._check_header(header, entry, tokenizer_sha256)
-        self.dtype = np.dtype(f"<u{header['token_bytes']}")
-        self.n_tokens, self.n_documents = int(header["n_tokens"]), int(header["n_documents"])
+        self._check_header(header, entry, vocab_size, tokenizer_sha256)
+        self.dtype = token_dtype(vocab_size)
+        self.n_tokens, self.n_documents = entry.n_tokens, entry.n_documents
         self._index_at = HEADER.itemsize + self.n_tokens * self.dtype.itemsize
         self._spans_at = self._index_at + self.n_documents * DOCUMENT.itemsize
         self._body = self._spans_at + int(header["n_spans"]) * SPAN.itemsize
         n_blocks = -(-self._body // BLOCK)
         expected, size = self._body + 32 * n_blocks, os.fstat(self._fd).st_size
         if size != expected:
-            raise self._corrupt(f"{size} bytes, expected {expected}")
+            raise self._corrupt(f"it has {size} bytes, expected {expected}")
         self._hashes = self._pread(32 * n_blocks, self._body)
         self._verified = bytearray(n_blocks)
 
-    def _check_header(self, header: np.void, entry: ShardEntry, tokenizer_sha256: str) -> None:
+    def _check_header(self, header: Any, entry: ShardEntry, vocab_size: int, tokenizer_sha256: str) -> None:
         if header["magic"] != MAGIC:
             raise self._corrupt("it is not a token shard")
-        blank = header.copy()
-        blank["checksum"] = b""
-        if hashlib.sha256(blank.tobytes()).hexdigest().encode() != header["checksum"]:
-            raise self._corrupt("its header was changed")
         if header["version"] != VERSION:
-            raise ValueError(
-                f"{self.path}: format version {header['version']}, this program reads {VERSION}; prepare it again"
-            )
-        if header["token_bytes"] not in (2, 4):
-            raise self._corrupt(f"tokens of {header['token_bytes']} bytes")
-        if header["tokenizer"].decode() != tokenizer_sha256:
-            raise self._corrupt("it was written with another tokenizer than its manifest names")
-        if (header["n_tokens"], header["n_documents"]) != (entry.n_tokens, entry.n_documents):
-            raise self._corrupt(f"{header['n_tokens']} tokens, the manifest says {entry.n_tokens}")
+            raise self._corrupt(f"its format version is {header['version']}, this program reads {VERSION}")
+        if header["checksum"] != _header_checksum(header):
+            raise self._corrupt("its header is not what was written")
+        if header["token_bytes"] != token_dtype(vocab_size).itemsize or header["max_id"] >= vocab_size:
+            ids = f"ids up to {header['max_id']} in {header['token_bytes']} bytes each"
+            raise self._corrupt(f"it holds {ids}, the manifest's vocabulary {vocab_size} entries")
+        if header["tokenizer"] != tokenizer_sha256.encode():
+            raise self._corrupt("it was written with another tokenizer than the manifest names")
+        found, named = (header["n_tokens"], header["n_documents"]), (entry.n_tokens, entry.n_documents)
+        if found != named:
+            raise self._corrupt("it holds {} tokens in {} documents, the manifest says {} in {}".format(*found, *named))
 
     def _corrupt(self, what: str) -> CorruptError:
-        return CorruptError(f"{self.path}: {what}; the file is damaged: prepare the data set again")
+        return CorruptError(f"{self.path}: {what}; {AGAIN}")
 
     def _pread(self, count: int, offset: int) -> bytes:
         data = os.pread(self._fd, count, offset)
         if len(data) != count:
-            raise self._corrupt(f"{len(data)} of {count} bytes at {offset}: it is truncated")
+            raise self._corrupt(f"it is truncated: {len(data)} of {count} bytes at {offset}")
         return data
 
     def _read(self, offset: int, count: int) -> bytes:
@@ -205,12 +223,21 @@ class Shard:
         return np.frombuffer(data, self.dtype)
 
     def documents(self) -> np.ndarray:
-        """The document index: (n_documents,) of DOCUMENT."""
-        return np.frombuffer(self._read(self._index_at, self._spans_at - self._index_at), DOCUMENT)
+        """The document index: (n_documents,) of DOCUMENT, in order and without gaps."""
+        index = np.frombuffer(self._read(self._index_at, self._spans_at - self._index_at), DOCUMENT)
+        bounds = np.append(index["start"].astype(np.int64), self.n_tokens)
+        if bounds[0] != 0 or np.any(np.diff(bounds) <= 0):
+            raise self._corrupt("its documents do not follow one another")
+        return index
 
     def spans(self) -> np.ndarray:
-        """All spans: (n_spans,) of SPAN, offsets within the shard."""
-        return np.frombuffer(self._read(self._spans_at, self._body - self._spans_at), SPAN)
+        """All spans: (n_spans,) of SPAN, offsets within the shard, by start."""
+        spans = np.frombuffer(self._read(self._spans_at, self._body - self._spans_at), SPAN)
+        starts, ends = spans["start"].astype(np.int64), spans["end"].astype(np.int64)
+        inside = (starts >= 0) & (starts < ends) & (ends <= self.n_tokens) & (spans["kind"] < len(SPAN_KINDS))
+        if not inside.all() or np.any(np.diff(starts) < 0):
+            raise self._corrupt("its spans are out of order or outside its tokens")
+        return spans
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
@@ -221,117 +248,133 @@ class TokenSet:
     """One split of a prepared data set: its documents' tokens one after another, read as a circle.
 
     Every document opens with the start token; the target of the last token is token 0, the closing delimiter.
+    FileNotFoundError, ValueError or CorruptError in words for what is no data set, has no such split, or is not whole.
     """
 
     def __init__(self, path: Path, split: str) -> None:
         self.path = path
         manifest, self.fingerprint = _load_manifest(path)
-        self.vocab_size, self.start_id = manifest["vocab_size"], manifest["start_id"]
-        self.tokenizer_sha256, self.sources = manifest["tokenizer_sha256"], manifest["sources"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.start_id: int = manifest["start_id"]
+        self.tokenizer_sha256: str = manifest["tokenizer_sha256"]
+        self.sources: list[str] = manifest["sources"]
         if split not in manifest["splits"]:
             raise ValueError(f"{path}: no split '{split}'; there is {', '.join(manifest['splits'])}")
         self.entries = [_entry(path, values) for values in manifest["splits"][split]]
-        self.shards = [Shard(path / entry.file, entry, self.tokenizer_sha256) for entry in self.entries]
+        _allow_open_files(sum(map(len, manifest["splits"].values())))
+        made_with = {"vocab_size": self.vocab_size, "tokenizer_sha256": self.tokenizer_sha256}
+        self.shards = [Shard(path / entry.file, entry, **made_with) for entry in self.entries]
         self.dtype = token_dtype(self.vocab_size)
-        if any(shard.dtype != self.dtype for shard in self.shards):
-            raise CorruptError(
-                f"{path}: its shards hold tokens of other sizes than a vocabulary of {self.vocab_size} needs"
-            )
         self.n_documents = sum(entry.n_documents for entry in self.entries)
         self.n_bytes = sum(entry.n_bytes for entry in self.entries)
-        self._ends = np.cumsum([entry.n_tokens for entry in self.entries], dtype=np.int64)
+        self._firsts = [0]  # where each shard begins, and the end
+        for entry in self.entries:
+            self._firsts.append(self._firsts[-1] + entry.n_tokens)
 
     @property
     def n_tokens(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._firsts[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1, in the data set's dtype; they must lie inside the split."""
         if start < 0 or count < 0 or start + count > self.n_tokens:
             raise IndexError(f"{self.path}: tokens {start} to {start + count} of {self.n_tokens}")
         parts = []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
+        shard = bisect_right(self._firsts, start) - 1
         while count:
-            offset = start - (int(self._ends[shard - 1]) if shard else 0)
-            taken = min(count, self.entries[shard].n_tokens - offset)
-            parts.append(self.shards[shard].read(offset, taken))
+            taken = min(count, self._firsts[shard + 1] - start)
+            parts.append(self.shards[shard].read(start - self._firsts[shard], taken))
             start, count, shard = start + taken, count - taken, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
     @cached_property
     def _documents(self) -> np.ndarray:
-        firsts = self._ends - [entry.n_tokens for entry in self.entries]
-        parts = []
-        for shard, first in zip(self.shards, firsts, strict=True):
+        parts = [np.empty(0, DOCUMENT)]
+        for shard, entry, first in zip(self.shards, self.entries, self._firsts, strict=False):
             part = shard.documents().copy()
+            if part["n_bytes"].sum() != entry.n_bytes or np.any(part["source"] >= len(self.sources)):
+                raise CorruptError(f"{shard.path}: its document index and the manifest disagree; {AGAIN}")
             part["start"] += np.uint64(first)
             parts.append(part)
-        return np.concatenate(parts) if parts else np.empty(0, DOCUMENT)
+        return np.concatenate(parts)
 
-    @property
+    @cached_property
     def document_starts(self) -> np.ndarray:
         """(n_documents,) int64: where each document's start token stands."""
         return self._documents["start"].astype(np.int64)
 
-    @property
+    @cached_property
     def document_bytes(self) -> np.ndarray:
         """(n_documents,) int64: raw UTF-8 bytes, before any normalization."""
         return self._documents["n_bytes"].astype(np.int64)
 
-    @property
+    @cached_property
     def document_sources(self) -> np.ndarray:
         """(n_documents,) int64: indices into `sources`."""
         return self._documents["source"].astype(np.int64)
 
     @cached_property
     def _spans(self) -> np.ndarray:
-        firsts = self._ends - [entry.n_tokens for entry in self.entries]
-        parts = []
-        for shard, first in zip(self.shards, firsts, strict=True):
+        parts = [np.empty(0, SPAN)]
+        for shard, first in zip(self.shards, self._firsts, strict=False):
             part = shard.spans().copy()
             part["start"] += np.uint64(first)
             part["end"] += np.uint64(first)
             parts.append(part)
-        return np.concatenate(parts) if parts else np.empty(0, SPAN)
+        return np.concatenate(parts)
+
+    @cached_property
+    def _furthest(self) -> np.ndarray:
+        """For each span, the furthest end of it and those before it: ascending, as spans may nest."""
+        return np.maximum.accumulate(self._spans["end"])
 
     def spans(self, start: int, count: int) -> list[Span]:
-        """The spans that touch tokens start .. start + count - 1, in offsets of the split; none in the whole set: all is trained."""
-        touching = self._spans[(self._spans["end"] > start) & (self._spans["start"] < start + count)]
-        return [Span(int(s["start"]), int(s["end"]), SPAN_KINDS[s["kind"]]) for s in touching]
+        """The spans that touch tokens start .. start + count - 1, in offsets of the split."""
+        low = np.searchsorted(self._furthest, np.uint64(start), side="right")
+        high = np.searchsorted(self._spans["start"], np.uint64(start + count), side="left")
+        near = (Span(int(s["start"]), int(s["end"]), SPAN_KINDS[s["kind"]]) for s in self._spans[low:high])
+        return [span for span in near if span.end > start]
 
     @property
     def has_spans(self) -> bool:
+        """Whether some tokens are marked; without marks all are trained on."""
         return len(self._spans) > 0
 
     def verify(self) -> None:
         """Hash every shard whole against the manifest; CorruptError names the first that differs."""
         for entry in self.entries:
             if sha256_file(self.path / entry.file) != entry.sha256:
-                raise CorruptError(
-                    f"{self.path / entry.file}: not the bytes that were written; prepare the data set again"
-                )
+                raise CorruptError(f"{self.path / entry.file}: it is not what was written; {AGAIN}")
+
+
+def _allow_open_files(n_shards: int) -> None:
+    """Each shard of a split stays open; a common limit, 1024 files, is what a set of ten billion tokens has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 256 + 2 * n_shards
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
 
 
 def _load_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """(manifest, its sha256); errors in words for what is no data set, or not whole."""
     file = path / "manifest.json"
     if not file.is_file():
-        hint = (
-            f"python data/prepare.py {path}.yaml"
-            if Path(f"{path}.yaml").exists()
-            else f"python data/prepare.py FILES --out {path}"
-        )
-        raise FileNotFoundError(f"{path} is not a prepared data set (no manifest.json); make it: {hint}")
+        recipe = Path(f"{path}.yaml")
+        command = f"python data/prepare.py {recipe if recipe.exists() else f'FILES --out {path}'}"
+        raise FileNotFoundError(f"{path} is not a prepared data set (no manifest.json); make it: {command}")
     data = file.read_bytes()
+    types = {"vocab_size": int, "start_id": int, "tokenizer_sha256": str, "sources": list, "splits": dict}
     try:
         manifest = json.loads(data)
-        if manifest["format"] != VERSION:
-            raise ValueError(f"{file}: format {manifest['format']}, this program reads {VERSION}; prepare it again")
-        types = {"vocab_size": int, "start_id": int, "tokenizer_sha256": str, "sources": list, "splits": dict}
-        if not all(type(manifest[key]) is kind for key, kind in types.items()):
-            raise TypeError
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError):
-        raise CorruptError(f"{file} is damaged; prepare the data set again") from None
+        version, whole = manifest["format"], manifest["checksum"] == _manifest_checksum(manifest)
+        typed = all(type(manifest[key]) is kind for key, kind in types.items())
+        typed = typed and all(type(entries) is list for entries in manifest["splits"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CorruptError(f"{file}: it is not a data set's manifest, or is damaged; {AGAIN}") from None
+    if version != VERSION:
+        raise CorruptError(f"{file}: its format version is {version!r}, this program reads {VERSION}; {AGAIN}")
+    if not whole or not typed:
+        raise CorruptError(f"{file}: it is not what was written; {AGAIN}")
     return manifest, hashlib.sha256(data).hexdigest()
 
 
@@ -339,14 +382,10 @@ def _entry(path: Path, values: Any) -> ShardEntry:
     try:
         entry = ShardEntry(**values)
     except TypeError:
-        raise CorruptError(f"{path}/manifest.json is damaged: a shard's entry is incomplete") from None
+        raise CorruptError(f"{path / 'manifest.json'}: the entry of a shard is incomplete; {AGAIN}") from None
     counts = (entry.n_tokens, entry.n_documents, entry.n_bytes)
-    if (
-        not all(type(n) is int and n >= 0 for n in counts)
-        or type(entry.file) is not str
-        or type(entry.sha256) is not str
-    ):
-        raise CorruptError(f"{path}/manifest.json is damaged: the entry of shard {entry.file!r}")
-    if Path(entry.file).name != entry.file or entry.file.startswith("."):
-        raise CorruptError(f"{path}/manifest.json names a file outside its directory: {entry.file!r}")
+    if not all(type(n) is int and n >= 0 for n in counts) or {type(entry.file), type(entry.sha256)} != {str}:
+        raise CorruptError(f"{path / 'manifest.json'}: the entry of shard {entry.file!r} is damaged; {AGAIN}")
+    if not is_plain(entry.file):
+        raise CorruptError(f"{path / 'manifest.json'}: it names a file outside its directory: {entry.file!r}; {AGAIN}")
     return entry

@@ -43,6 +43,7 @@ class MemorySplit:
 
     lengths: Sequence[int]
     start_id: int = 0
+    has_spans: bool = False
 
     @property
     def n_tokens(self) -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt import durable
 from gpt.data import IGNORED, Batch, Loader, evaluated_bytes, evaluated_tokens, permute, validation_batches
-from gpt.shards import Document, TokenSet, write_manifest, write_shard
+from gpt.shards import Document, Span, TokenSet, write_manifest, write_shard
 
 Split = Callable[..., TokenSet]  # a stand-in of conftest.py, except where a test writes a real one
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
@@ -200,3 +200,25 @@ def test_a_data_set_on_disk_is_read_like_one_in_memory(split: Split, tmp_path: P
         learned(x) for x in validation_batches(memory, 7, 4, 40)
     ]
     assert evaluated_bytes(disk, 40) == evaluated_bytes(memory, 40) == 560
+
+
+def test_only_what_train_spans_cover_is_learned(tmp_path: Path) -> None:
+    ids = np.arange(100) % 50
+    with durable.Directory(tmp_path / "chat") as directory:
+        spans = (Span(1, 10, "prefix"), Span(10, 20, "train"), Span(70, 90, "train"))
+        entry = write_shard(
+            directory, "train-00000.tok", [Document(ids, 99, 0, spans)], vocab_size=64, tokenizer_sha256="a" * 64
+        )
+        write_manifest(
+            directory,
+            tokenizer_sha256="a" * 64,
+            vocab_size=64,
+            start_id=0,
+            splits={"train": [entry]},
+            sources=["chat"],
+            settings={},
+        )
+    loader = Loader(TokenSet(tmp_path / "chat", "train"), 16, 8, seed=3)  # one epoch a step
+    batch = loader.batch(1)
+    learned = batch.targets[batch.targets != IGNORED]
+    assert sorted(learned.tolist()) == sorted([*ids[10:20], *ids[70:90]])

@@ -1,0 +1,41 @@
+# The commands behind each target stand in README.md; nothing here is needed to use the project.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help quickstart test test-full check clean
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: .venv/.installed ## set everything up, train a small Python-writing model, print what it writes
+	$(BIN)/python train.py configs/quickstart.yaml
+	$(BIN)/python sample.py runs/quickstart --prompt 'def fibonacci(n):' --max-tokens 100 --seed 1
+	$(BIN)/python sample.py runs/quickstart --prompt 'class Stack:' --max-tokens 100 --seed 2
+
+test: .venv/.dev ## set everything up and run the tests (minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: .venv/.dev ## the slow proofs too
+	$(BIN)/python -m pytest
+
+check: .venv/.dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## delete the environment; data sets and runs stay
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python requirements.txt pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.dev: .venv/.installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,515 @@
+"""A data set is a pure function of text, tokenizer and settings, whatever happens while it is made; bad input is told."""
+
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gpt import config, corpus, durable, prepare, signals
+from gpt.prepare import PrepareConfig, Report
+from gpt.shards import TokenSet
+from gpt.tokenizer import END, Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the river runs to sea and full of stars moon light 床前 明月 光 疑是 地上 霜 12 345 x() return".split()
+
+
+def poem(seed: int) -> str:
+    rng = random.Random(seed)
+    return "\n".join(" ".join(rng.choices(WORDS, k=rng.randrange(2, 9))) for _ in range(rng.randrange(1, 9)))
+
+
+def write_corpus(path: Path, n: int = 120) -> Path:
+    """Poems as JSON lines, and a directory of text beside them."""
+    path.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": poem(i)}) for i in range(n)]
+    (path / "poems.jsonl").write_text("\n".join(lines[: n // 2]) + "\n")
+    (path / "more.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[n // 2 :]).encode(), mtime=0))
+    for i in range(10):
+        (path / f"{i}.txt").write_text(poem(1000 + i))
+    return path
+
+
+def settings(*inputs: Path | str, **changes: Any) -> PrepareConfig:
+    return PrepareConfig(input=[str(path) for path in inputs], **({"workers": 1, "vocab_size": 300} | changes))  # type: ignore[arg-type]
+
+
+def run(config: PrepareConfig, out: Path, **options: Any) -> Report:
+    return prepare.prepare(config, out, console=Console(file=io.StringIO()), **options)
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def documents(path: Path, split: str) -> list[str]:
+    tokens, tokenizer = TokenSet(path, split), Tokenizer.load(path)
+    ends = [*tokens.document_starts[1:].tolist(), tokens.n_tokens]
+    starts = tokens.document_starts.tolist()
+    return [tokenizer.decode(tokens.read(a, b - a).tolist()) for a, b in zip(starts, ends, strict=True)]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 1000)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("text"))
+
+
+# What comes out
+
+
+def test_every_document_is_there_once_in_order_with_its_bytes(text: Path, tmp_path: Path, small_chunks: None) -> None:
+    run(settings(text), tmp_path / "set")
+    given = [doc.text for file in files_of(text) for doc in corpus.documents(file)]
+    got = {split: documents(tmp_path / "set", split) for split in ("train", "val")}
+    assert sorted(got["train"] + got["val"]) == sorted(given)
+    for split, texts in got.items():
+        assert texts == [document for document in given if document in set(texts)]
+        tokens = TokenSet(tmp_path / "set", split)
+        assert tokens.document_bytes.tolist() == [len(document.encode()) for document in texts]
+        assert (tokens.read(0, tokens.n_tokens)[tokens.document_starts] == tokens.start_id).all()
+    assert len(list((tmp_path / "set").glob("train-*.tok"))) > 3
+
+
+def files_of(path: Path) -> list[corpus.File]:
+    return corpus.files(corpus.Source(path=str(path)), path, path, print)
+
+
+def test_a_control_word_in_a_document_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"one {END} two " * 50)
+    run(settings(tmp_path / "a.txt", vocab_size=None), tmp_path / "set")
+    assert "".join(documents(tmp_path / "set", "train") + documents(tmp_path / "set", "val")) == f"one {END} two " * 50
+    assert TokenSet(tmp_path / "set", "train").n_documents == 1
+
+
+def test_few_documents_are_split_at_their_tails_and_many_by_their_content(text: Path, tmp_path: Path) -> None:
+    whole = "line of text é床 here\n" * 200
+    (tmp_path / "a.txt").write_text(whole)
+    run(settings(tmp_path / "a.txt", vocab_size=None), tmp_path / "one")
+    cut = int(0.9 * len(whole))
+    assert documents(tmp_path / "one", "train") == [whole[:cut]]
+    assert documents(tmp_path / "one", "val") == [whole[cut:]]
+    held_out = run(settings(text), tmp_path / "many").bytes
+    assert 0.07 < held_out["val"] / sum(held_out.values()) <= 0.1
+
+
+def test_equal_documents_fall_on_the_same_side(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": poem(i % 30)}) for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    run(settings(tmp_path / "a.jsonl", val_fraction=0.3), tmp_path / "set")
+    sides = [set(documents(tmp_path / "set", split)) for split in ("train", "val")]
+    assert all(sides) and not sides[0] & sides[1]
+
+
+def test_a_hash_split_that_would_be_empty_takes_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": poem(i) * 9}) for i in range(30)))
+    report = run(settings(tmp_path / "a.jsonl", val_fraction=1e-9), tmp_path / "set")
+    assert report.documents == {"train": 29, "val": 1}
+
+
+def test_validation_inputs_are_the_validation_split(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("held out text\n")
+    report = run(settings(text, validation=[str(tmp_path / "mine.txt")]), tmp_path / "set")
+    assert documents(tmp_path / "set", "val") == ["held out text\n"]
+    assert report.documents == {"train": 130, "val": 1}
+    assert TokenSet(tmp_path / "set", "val").sources == [text.name, "mine"]
+    assert TokenSet(tmp_path / "set", "val").document_sources.tolist() == [1]
+
+
+def test_no_more_than_val_tokens_are_held_out(text: Path, tmp_path: Path) -> None:
+    report = run(settings(text, val_fraction=0.5, val_tokens=300), tmp_path / "set")
+    assert 100 < report.tokens["val"] <= 330  # the size in tokens is predicted from the tokenizer's sample
+
+
+def test_the_tokenizer_sees_no_validation_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 900 + "XYZ" * 133)
+    run(settings(tmp_path / "a.txt", kind="char", vocab_size=None), tmp_path / "tail")
+    assert Tokenizer.load(tmp_path / "tail").split_characters("aXYZ") == ["X", "Y", "Z"]
+
+
+def test_a_bounded_sample_does_not_depend_on_the_order_of_the_text(tmp_path: Path) -> None:
+    texts = [poem(i) for i in range(200)]
+    samples = []
+    for order in (texts, texts[::-1]):
+        sample = prepare.Sample(4000, seed=7)
+        for i, each in enumerate(order):
+            document = corpus.Document(each, each.encode(), 0, 0)
+            sample.add(document, __import__("hashlib").sha256(document.utf8).digest(), i)
+        samples.append(sorted(sample.texts(prepare.Split("given", 0, 0))))
+    assert samples[0] == samples[1]
+    assert 3000 < len("".join(samples[0]).encode()) <= 4000
+
+
+def test_a_long_document_is_drawn_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "SAMPLE_CHARACTERS", 10)
+    sample, text = prepare.Sample(1000, seed=1), "0123456789" * 1000
+    sample.add(corpus.Document(text, text.encode(), 0, 0), bytes(32), 0)
+    assert len(sample.texts(prepare.Split("given", 0, 0))) == 100
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_the_simplest_vocabularies_tell_what_they_do_not_know(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "a.txt").write_text("ab cd " * 300 + "zz")
+    report = run(settings(tmp_path / "a.txt", kind=kind, vocab_size=None), tmp_path / "set")
+    assert (report.unknown_tokens, report.unknown_bytes) == {"char": (2, 2), "word": (1, 2)}[kind]
+
+
+def test_the_report_counts_what_is_on_disk(text: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    report = prepare.prepare(settings(text), tmp_path / "set", console=console)
+    sets = [TokenSet(tmp_path / "set", split) for split in ("train", "val")]
+    used = np.unique(np.concatenate([tokens.read(0, tokens.n_tokens) for tokens in sets]))
+    assert report.vocab_used == len(used)
+    assert sum(report.bytes.values()) == sum(n for _, _, n in report.scripts)
+    assert sum(n for _, n, _ in report.scripts) == sum(report.tokens.values()) - sum(report.documents.values())
+    assert {script for script, _, _ in report.scripts} >= {"Latin", "Han", "digits", "punctuation", "space"}
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "bytes/token" in printed and "Han" in printed and f"{used.size} of 300" in printed
+
+
+@pytest.mark.parametrize(
+    ("data", "script"),
+    [
+        (" the", "Latin"),
+        ("床前", "Han"),
+        ("かな", "kana"),
+        ("мир", "Cyrillic"),
+        ("123", "digits"),
+        ("\n\t", "space"),
+        ("(x, y)", "punctuation"),
+        ("ไทย", "other"),
+    ],
+)
+def test_a_token_has_the_script_of_most_of_it(data: str, script: str) -> None:
+    assert prepare.script_of(data.encode()) == script
+    assert prepare.script_of("床".encode()[:2]) == "parts of characters"
+
+
+def test_the_example_cannot_command_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\x1b[2J\x1b]0;title\x07 text " * 50)
+    console = Console(file=io.StringIO(), force_terminal=True)
+    prepare.prepare(settings(tmp_path / "a.txt", vocab_size=None), tmp_path / "set", console=console)
+    assert "\x1b[2J" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+# The same bytes
+
+
+@pytest.fixture(scope="module")
+def golden(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]]:
+    """The data set of `text` in small chunks, made undisturbed."""
+    out = tmp_path_factory.mktemp("golden") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "CHUNK_BYTES", 3000)
+        patch.setattr(prepare, "BATCH_BYTES", 1000)
+        run(settings(text), out)
+        yield content(out)
+
+
+def test_threads_and_the_place_change_no_byte(
+    text: Path, tmp_path: Path, golden: dict[str, bytes], small_chunks: None
+) -> None:
+    elsewhere = write_corpus(tmp_path / "elsewhere" / text.name)
+    run(settings(elsewhere), tmp_path / "a" / "set")
+    assert content(tmp_path / "a" / "set") == golden
+    manifest = golden["manifest.json"].decode()
+    assert str(text) not in manifest and str(text.parent) not in manifest
+
+
+def test_processes_write_the_bytes_of_one_process(tmp_path: Path) -> None:
+    """Real chunks, so that worker processes, which do not see this one's patches, cut them alike."""
+    (tmp_path / "a.txt").write_text("".join(poem(i) + "|" for i in range(400)))
+    for workers in (1, 2):
+        code = (
+            "import io; from pathlib import Path; from rich.console import Console; from gpt import prepare\n"
+            "if __name__ == '__main__':\n"
+            "    prepare.CHUNK_BYTES = 9000\n"
+            f"    settings = prepare.PrepareConfig(input=[{{'path': 'a.txt', 'separator': '|'}}], workers={workers})\n"
+            f"    prepare.prepare(settings, Path('set{workers}'), console=Console(file=io.StringIO()))\n"
+        )
+        (tmp_path / "make.py").write_text(code)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "make.py"], cwd=tmp_path, env=environment, check=True)
+    assert content(tmp_path / "set1") == content(tmp_path / "set2")
+    assert len(content(tmp_path / "set1")) > 8
+
+
+class Broken(durable.FileSystem):
+    """A disk whose k-th changing operation raises."""
+
+    def __init__(self, k: int, error: BaseException) -> None:
+        self.left, self.error = k, error
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("open", "write", "fsync", "mkdir", "rename", "unlink", "rmtree"):
+            self.left -= 1
+            if self.left <= 0:
+                raise self.error
+        return super().__getattribute__(name)
+
+
+class Crash(BaseException):
+    """The process ends here: nothing that follows happens."""
+
+
+@pytest.mark.parametrize("kind", ["crash", "full", "faulty"])
+def test_a_preparation_broken_at_any_write_ends_with_the_same_bytes(
+    text: Path, tmp_path: Path, golden: dict[str, bytes], small_chunks: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    error = {"crash": Crash(), "full": OSError(28, "No space left on device"), "faulty": OSError(5, "I/O error")}[kind]
+    broken, k = True, 0
+    while broken:
+        k += 7  # every seventh of some hundred; each kind begins elsewhere
+        out = tmp_path / f"{k}" / "set"
+        out.parent.mkdir()
+        disk = Broken(k - {"crash": 0, "full": 2, "faulty": 4}[kind], error)
+        monkeypatch.setattr(durable, "fs", disk)
+        try:
+            run(settings(text), out)
+            broken = disk.left <= 0  # an error after the data set stood, while tidying
+        except (Crash, OSError):
+            assert not out.exists() or content(out) == golden
+        monkeypatch.setattr(durable, "fs", durable.FileSystem())
+        run(settings(text), out)
+        assert content(out) == golden
+        assert [path.name for path in out.parent.iterdir()] == ["set"]
+    assert k > 50
+
+
+def test_finished_chunks_are_used_again(text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = prepare.encode_chunk, []
+
+    def encode(task: prepare.Task, *rest: Any) -> None:
+        if len(done) == 2:
+            raise signals.Stopped("stopped")
+        done.append(task.number)
+        real(task, *rest)
+
+    monkeypatch.setattr(prepare, "encode_chunk", encode)
+    with pytest.raises(signals.Stopped):
+        run(settings(text), tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    monkeypatch.setattr(prepare, "encode_chunk", lambda task, *rest: (done.append(task.number), real(task, *rest)))
+    run(settings(text), tmp_path / "set")
+    assert sorted(done) == list(range(max(done) + 1))
+
+
+def test_other_settings_start_anew(text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_write_manifest", lambda *_: (_ for _ in ()).throw(Crash()))
+    with pytest.raises(Crash):
+        run(settings(text, vocab_size=280), tmp_path / "set")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 3000)
+    run(settings(text), tmp_path / "set")
+    run(settings(text), tmp_path / "other")
+    assert content(tmp_path / "set") == content(tmp_path / "other")
+
+
+def test_a_stop_request_is_obeyed_and_the_work_continued(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_requested", "SIGTERM")
+    with pytest.raises(signals.Stopped):
+        run(settings(text), tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_up_to_date_data_set_is_left_alone_and_another_is_not_replaced_unasked(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    first = run(settings(text), out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run(settings(text, workers=2), out) == first
+    with pytest.raises(ValueError, match=r"made from other text or settings; add --overwrite"):
+        run(settings(text, vocab_size=280), out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    run(settings(text, vocab_size=280), out, overwrite=True)
+    assert TokenSet(out, "train").vocab_size == 280
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_damaged_data_set_is_not_called_up_to_date(text: Path, tmp_path: Path) -> None:
+    run(settings(text), tmp_path / "set")
+    (tmp_path / "set" / "train-00000.tok").write_bytes(b"short")
+    with pytest.raises(ValueError, match="is not a whole data set .*--overwrite"):
+        run(settings(text), tmp_path / "set")
+
+
+def test_two_preparations_of_one_data_set_are_refused(text: Path, tmp_path: Path) -> None:
+    (tmp_path / ".set.preparing").mkdir()
+    with durable.Lock(tmp_path / ".set.preparing" / "lock", "set"), pytest.raises(ValueError, match="in use by process"):
+        run(settings(text), tmp_path / "set")
+
+
+def test_text_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one text " * 99)
+    real = prepare._tokenizer_and_split
+
+    def change(*args: Any) -> Any:
+        (tmp_path / "a.txt").write_text("two text " * 99)
+        return real(*args)
+
+    monkeypatch.setattr(prepare, "_tokenizer_and_split", change)
+    with pytest.raises(ValueError, match="the input changed while it was prepared"):
+        run(settings(tmp_path / "a.txt", vocab_size=None), tmp_path / "set")
+
+
+def test_an_imported_tokenizer_is_used_as_it_is(text: Path, tmp_path: Path) -> None:
+    run(settings(text), tmp_path / "a")
+    (tmp_path / "b.txt").write_text("other text entirely " * 99)
+    imported = settings(tmp_path / "b.txt", tokenizer=str(tmp_path / "a"), vocab_size=None)
+    run(imported, tmp_path / "b")
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+    assert TokenSet(tmp_path / "b", "val").tokenizer_sha256 == TokenSet(tmp_path / "a", "val").tokenizer_sha256
+
+
+# Recipes and the command
+
+
+def test_every_recipe_loads_and_its_input_can_be_replaced() -> None:
+    for path in sorted((ROOT / "data").glob("*.yaml")):
+        assert prepare.load_recipe(path, ["input=mine.txt"]).input == (corpus.Source(path="mine.txt"),)
+        assert all(source.name for source in prepare.load_recipe(path, []).input), path
+    assert prepare.load_recipe(ROOT / "data" / "tang-poems.yaml", []).vocab_size == 8192
+    assert prepare.load_recipe(ROOT / "data" / "quickstart.yaml", []).input[0].python == "stdlib"
+
+
+def test_an_input_list_may_mix_strings_and_sections(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("input:\n- a.txt\n- {path: b, exclude: ['*.log'], name: logs}\n- http://x/y#sha256=ab\n")
+    a, b, c = prepare.load_recipe(tmp_path / "r.yaml", []).input
+    assert (a.path, b.exclude, b.label, c.url, c.sha256) == ("a.txt", ("*.log",), "logs", "http://x/y", "ab")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["input={pth: a}"], "pth"),
+        (["input={}"], "exactly one of path, url and python"),
+        (["input=a", "vocab_size=500", "tokenizer=b"], "leave one of them out"),
+        (["input=a", "val_fraction=1.5"], "val_fraction"),
+        (["input=a", "kind=bbpe"], "did you mean 'bpe'"),
+        (["input=[]"], "names nothing to read"),
+        ([], "'input' is missing"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(changes: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config.load(PrepareConfig, None, changes)
+
+
+def test_a_corpus_or_split_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
+    (tmp_path / "b.jsonl").write_text('{"text": "same"}\n' * 30)
+    (tmp_path / "c.txt").write_text("x")
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        run(settings(tmp_path / "a.jsonl"), tmp_path / "set")
+    with pytest.raises(ValueError, match="all documents are the same; set split=tail"):
+        run(settings(tmp_path / "b.jsonl"), tmp_path / "set")
+    with pytest.raises(ValueError, match="validation split has no document"):
+        run(settings(tmp_path / "b.jsonl", validation=[str(tmp_path / "a.jsonl")]), tmp_path / "set")
+    with pytest.raises(ValueError, match="split train has no document"):
+        run(settings(tmp_path / "c.txt", kind="char", vocab_size=None), tmp_path / "set")
+    with pytest.raises(ValueError, match="the corpus is empty.*1 bad records were skipped, first .*not UTF-8"):
+        (tmp_path / "c.txt").write_bytes(b"\xff")
+        run(settings(tmp_path / "c.txt", on_bad_record="skip"), tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_skipped_records_are_counted_and_listed(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": 1}\n\xff\n')
+    console = Console(file=io.StringIO(), width=80)
+    report = prepare.prepare(settings(text, tmp_path / "bad.jsonl", on_bad_record="skip"), tmp_path / "set", console=console)
+    assert len(report.skipped) == 2
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 bad records were skipped" in printed and "bad.jsonl:2: field 'text' is int" in printed
+
+
+def command(*arguments: str | Path, cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=120)
+
+
+def test_the_command_prepares_standard_input_and_says_what_to_do_next(tmp_path: Path) -> None:
+    done = command("-", "--out", "data/mine", "--vocab-size", "300", cwd=tmp_path, stdin="\n".join(map(poem, range(50))))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "data/mine is ready: python train.py" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["mine"]
+
+
+def test_a_recipe_prepares_beside_itself(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "poems.yaml").write_text(f"input: {text}\nvocab_size: 300\n")
+    done = command("poems.yaml", "val_fraction=0.2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "poems" / "manifest.json").read_text())["settings"]["val_fraction"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "name what to read"),
+        (("a.txt",), "--out data/NAME"),
+        (("no.txt", "--out", "set"), "no.txt: no such file or directory"),
+        (("empty.txt", "--out", "set"), "empty.txt: the file is empty"),
+        (("a.txt", "--out", "set", "--vocab-size", "100"), "100 is too small"),
+        (("a.txt", "--out", "set", "--vocab-size", "9999"), "more than the text supports"),
+        (("a.txt", "--out", "set", "--vocab-size", "many"), "vocab_size: expected int, got 'many'"),
+        (("a.txt", "--out", "set", "--tokenizer", "no"), "no does not exist"),
+        (("a.txt", "--out", "set", "--val-fraction", "2"), "val_fraction"),
+        (("a.txt", "--out", "set", "--workers", "x"), "--workers"),
+        (("a.txt", "--out", "set", "--frobnicate"), "--frobnicate"),
+        (("no.yaml",), "no.yaml"),
+    ],
+)
+def test_a_mistake_ends_with_code_2_and_words(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    (tmp_path / "a.txt").write_text(poem(1) * 9)
+    (tmp_path / "empty.txt").touch()
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "empty.txt"]
+
+
+def test_help_and_bad_flags_import_nothing_heavy() -> None:
+    for flag, code in (("--help", 0), ("--frobnicate", 2)):
+        line = [sys.executable, "-X", "importtime", str(ROOT / "data" / "prepare.py"), flag]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == code
+        imported = {entry.rpartition("|")[2].strip() for entry in done.stderr.splitlines() if "import time" in entry}
+        assert "argparse" in imported
+        assert not imported & {"torch", "numpy", "tokenizers", "pydantic", "rich", "yaml"}
+
+
+def test_preparing_never_imports_torch() -> None:
+    code = "import sys; import gpt.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_command_run_again_ends_with_the_same_bytes(tmp_path: Path, number: signal.Signals) -> None:
+    rng = random.Random(int(number))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": poem(i) * 8}) + "\n" for i in range(1500)))
+    assert command("a.jsonl", "--out", "golden", cwd=tmp_path).returncode == 0
+    for _ in range(3):
+        line = [sys.executable, str(ROOT / "data" / "prepare.py"), "a.jsonl", "--out", "set"]
+        process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        time.sleep(rng.uniform(0.1, 1.2))
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode in ({0, -9} if number == signal.SIGKILL else {0, 75, -15}), said
+        assert "Traceback" not in said
+    assert command("a.jsonl", "--out", "set", cwd=tmp_path).returncode == 0
+    assert content(tmp_path / "set") == content(tmp_path / "golden")

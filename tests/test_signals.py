@@ -1,0 +1,157 @@
+"""What a process owes the shell, tried on real processes."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt import signals
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def verb(body: str) -> list[str]:
+    """A command whose main(argv) is `body`."""
+    source = "import sys, os, time, errno\nfrom gpt import signals\ndef main(argv):\n"
+    return [sys.executable, "-c", source + textwrap.indent(textwrap.dedent(body), "    ") + "\nsignals.run(main)"]
+
+
+def outcome(body: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*verb(body), *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+    )
+
+
+def started(body: str) -> subprocess.Popen[str]:
+    """A verb that has said "ready" and runs."""
+    process = subprocess.Popen(verb(body), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.fixture
+def handlers():
+    """Leaves this process's handlers and stop request as they were."""
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    yield
+    signals._requested = None
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+def test_a_first_signal_is_remembered_and_obeyed_at_the_next_safe_point(handlers, capfd, number):
+    signals.install()
+    signals.check()
+    assert signals.stop_requested() is None
+    os.kill(os.getpid(), number)
+    assert signals.stop_requested() == number.name
+    assert number.name in capfd.readouterr().err
+    with pytest.raises(signals.Stopped, match=f"{number.name}.*same command"):
+        signals.check()
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    process = started("print('ready', flush=True)\nwhile True: time.sleep(0.01)")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None, "one signal must not end it"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 75
+    process.communicate()
+
+
+def test_an_obeyed_request_exits_75_and_says_what_to_run_next():
+    process = started("print('ready', flush=True)\nwhile True: time.sleep(0.01); signals.check()")
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert "run the same command again" in err
+    assert "Traceback" not in err and "error" not in err
+
+
+def test_a_worker_that_ignores_signals_outlives_them():
+    process = started(
+        "signals.ignore()\nprint('ready', flush=True)\nfor _ in range(50): time.sleep(0.01)\nprint('finished')"
+    )
+    for number in signals.STOP_SIGNALS:
+        process.send_signal(number)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "finished\n")
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "words"),
+    [
+        ("return None", 0, ""),
+        ("return 7", 7, ""),
+        ("raise ValueError('n_head (12) is odd')", 2, "error: n_head (12) is odd"),
+        ("open('no/such/file')", 2, "error: no/such/file: No such file or directory"),
+        ("os.mkdir('gpt')", 2, "error: gpt: File exists"),
+        ("open('gpt')", 2, "error: gpt: Is a directory"),
+        ("raise FloatingPointError('loss is nan')", 4, "error: loss is nan"),
+        (
+            "raise OSError(errno.ENOSPC, 'No space left on device', 'x.bin')",
+            5,
+            "out of disk or memory: x.bin: No space",
+        ),
+        ("raise OSError(errno.EFBIG, 'File too large')", 5, "out of disk or memory: [Errno 27] File too large"),
+        ("raise MemoryError", 5, "out of disk or memory: MemoryError"),
+        ("raise type('OutOfMemoryError', (RuntimeError,), {})('GPU full')", 5, "out of disk or memory: GPU full"),
+        ("raise type('Corrupt', (ValueError,), {'exit_code': 3})('x.tok: altered')", 3, "error: x.tok: altered"),
+        (
+            "raise KeyError('k')",
+            1,
+            "error: KeyError: 'k'\n       this is a bug; run again with --debug for the traceback",
+        ),
+        ("raise type('PanicException', (BaseException,), {})('rust')", 1, "error: PanicException: rust"),
+        ("raise KeyboardInterrupt", 75, "stopped"),
+    ],
+)
+def test_every_end_has_its_exit_code_and_its_words(statement, code, words):
+    result = outcome(statement)
+    assert result.returncode == code
+    assert result.stderr.startswith(words) or words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback_as_well():
+    result = outcome("raise ValueError('bad')", "--debug")
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr and result.stderr.endswith("error: bad\n")
+
+
+def test_the_lines_of_a_longer_message_stand_under_each_other():
+    assert outcome("raise ValueError('a.yaml:1: x\\na.yaml:2: y')").stderr == "error: a.yaml:1: x\n       a.yaml:2: y\n"
+
+
+def test_bad_flags_keep_the_parsers_own_exit():
+    result = outcome("import argparse; argparse.ArgumentParser(prog='v').parse_args(argv)", "--nonsense")
+    assert result.returncode == 2
+    assert "unrecognized arguments: --nonsense" in result.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    process = subprocess.Popen(
+        verb("for _ in range(100000): print('text')"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_an_error_that_a_full_disk_causes_is_told_from_other_io_errors():
+    assert signals.exit_code(OSError(errno.EDQUOT, "quota")) == 5
+    assert signals.exit_code(OSError(errno.EIO, "bad disk")) == 1

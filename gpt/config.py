@@ -267,7 +267,7 @@ def _sentence(source: Source, schema: type[Settings], key: Key, details: list[Er
     ]
     hint = _did_you_mean(difflib.get_close_matches(got, choices, 1)) if isinstance(got, str) else ""
     if kinds == {"literal_error"} and isinstance(got, str):
-        return f"{where}{name}'{got}' is not one of {', '.join(choices)}{hint}"
+        return f"{where}{name}{_shown(got)} is not one of {', '.join(choices)}{hint}"
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
     return f"{where}{name}expected {expected}, got {_shown(got)}{hint}"
 
@@ -304,7 +304,8 @@ def _shown(value: Any) -> str:
     """A value in an error message."""
     if isinstance(value, (dict, list)):
         return "a section" if isinstance(value, dict) else f"a list of {len(value)}"
-    return f"'{value}'" if isinstance(value, str) else json.dumps(value)
+    text = f"'{value}'" if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _did_you_mean(names: Any) -> str:

@@ -62,11 +62,13 @@ class Log:
             *columns, console=console, disable=not console.is_terminal, transient=True, auto_refresh=False
         )
         self._task = self._bar.add_task("", total=steps)
+        self._shown = contextlib.ExitStack()  # takes the bar away again, if it could be shown
         self._first: tuple[int, float] | None = None  # step and time of this process's first training line
 
     def __enter__(self) -> Self:
         with contextlib.suppress(*WATCHER_GONE):
             self._bar.start()
+            self._shown.callback(self._bar.stop)
         return self
 
     def __exit__(
@@ -77,7 +79,7 @@ class Log:
     def close(self, *, failed: bool = False) -> None:
         """End every sink; `failed` is what wandb is told."""
         with contextlib.suppress(*WATCHER_GONE):
-            self._bar.stop()
+            self._shown.close()
         if self._wandb is not None:
             self._wandb.finish(failed)
         self.sync()

@@ -117,7 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D)) v under `mask`: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
     Each group of H / G query heads shares a key/value head (Shazeer 2019; Ainslie et al. 2023). torch's fused kernel,
-    except on the CPU at lengths where writing the scores out is faster (measured: benchmarks/README.md).
+    except on the CPU at lengths where writing the scores out is faster (measured: docs/experiments.md).
     """
     if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
         return _attend_written_out(q, k, v, mask)

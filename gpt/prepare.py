@@ -5,6 +5,7 @@ whole corpus (split, sample, chunks); after it each chunk of the input is encode
 order, into one shard a split. Finished chunks stand in a working directory beside the output until all are there.
 """
 
+import glob
 import hashlib
 import heapq
 import json
@@ -54,6 +55,8 @@ def _as_sources(value: object) -> object:
     """One input or a list of them; a bare string is a path, or a URL with an optional #sha256=..."""
     if not isinstance(value, (list, tuple)):
         value = (value,)
+    if not value:
+        raise ValueError("it names nothing to read")
     return tuple(_as_source(each) for each in value)
 
 
@@ -105,8 +108,6 @@ class PrepareConfig(Settings):
     def _one_vocabulary(self) -> Self:
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError("vocab_size is the tokenizer's own when tokenizer names one; leave one of them out")
-        if not self.input:
-            raise ValueError("input names nothing to read")
         return self
 
 
@@ -480,16 +481,15 @@ def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: 
     Raises ValueError, FileNotFoundError and OSError in words, and signals.Stopped; what is finished by then is kept and
     used by the next call. Another data set there is an error unless `overwrite`, and stands until the new one is whole.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.preparing")
-    work.mkdir(exist_ok=True)
+    durable.make_directory(work)
     with durable.Lock(work / "lock", str(out)):
         durable.sweep(work)
         try:
             fresh, skipped = _prepare(settings, out, work, console, overwrite)
         finally:
-            if not (work / "set" / "tokenizer.json").exists():  # nothing to continue from
-                durable.remove_directory(work)
+            if not (work / "set" / "tokenizer.json").exists():  # published, or nothing to continue from
+                _tidy(work, out)
     report = _report(out, skipped)
     if fresh:
         show(report, console)
@@ -518,8 +518,14 @@ def _prepare(
     with Meter(console, "encoding", found.n_bytes) as meter:
         _encode_all(tasks, tokenizer, settings.workers or _n_cores(), meter)
     _write_manifest(finished, tasks, tokenizer, names, identity)
-    _publish(finished, out)
+    durable.publish(finished, out)
     return True, found.skipped
+
+
+def _tidy(work: Path, out: Path) -> None:
+    """Delete the working directory, and a replaced data set that a crash left hidden. The lock is held."""
+    for path in (work, *out.parent.glob(f".{glob.escape(out.name)}.tmp-*")):
+        durable.fs.rmtree(path)
 
 
 def _say(console: Console, text: str) -> None:
@@ -650,18 +656,6 @@ def _write_manifest(
         sources=names,
         settings=identity,
     )
-
-
-def _publish(finished: Path, out: Path) -> None:
-    """Let the whole data set appear at `out`; an old one there goes only now."""
-    if out.exists():
-        durable.remove_directory(out)
-    durable.fs.rename(finished, out)
-    fd = os.open(out.parent, os.O_RDONLY)
-    try:
-        durable.fs.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _n_cores() -> int:

@@ -313,7 +313,7 @@ def test_what_is_dumped_is_read_back_equal(run, tmp_path_factory):
 def test_a_dump_is_complete_and_pleasant_to_read():
     run = Run(train=Train(steps=10**10, time=240.0), inputs=("a", "no"))
     assert dump(run) == (
-        "name: run\nseed: 1337\nmixture: null\ninputs: [a, \"no\"]\n"
+        "name: run\nseed: 1337\nmixture: null\ninputs: [a, 'no']\n"
         "model:\n  n_layer: 6\n  n_head: 4\n  n_kv_head: null\n  mlp: gelu\n  bias: false\n"
         "train:\n  steps: 10_000_000_000\n  time: 240.0\n  lr: 0.001\n  micro_batch: auto\n  compile: auto\n  betas: [0.9, 0.95]\n"
         "tracker: null\n"
@@ -365,10 +365,10 @@ def test_mutilated_files_end_in_one_clear_error_or_load_quickly(file):
 
 
 @pytest.mark.parametrize(
-    "text", ["1" * 100_000, "1_" * 50_000, "0." + "0" * 100_000, "9" * 5000 + "k", "1e" + "9" * 5000]
+    "text", ["1" * 100_000, "1_" * 50_000, "0." + "3" * 100_000, "9" * 5000 + "k", "1e" + "9" * 5000]
 )
 def test_numbers_of_any_length_are_refused_or_read_quickly(file, text):
     began = time.monotonic()
     (message,) = mistakes(file(f"train: {{steps: {text}}}"))
-    assert message.startswith("x.yaml:1: train.steps: expected int, got")
+    assert message.startswith("x.yaml:1: train.steps: expected int, got") and len(message) < 200
     assert time.monotonic() - began < 2

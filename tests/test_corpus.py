@@ -86,7 +86,10 @@ def test_standard_input_is_copied_so_that_it_can_be_read_twice(tmp_path: Path, m
 
 def test_the_standard_library_is_read_without_what_is_excluded(tmp_path: Path) -> None:
     root = Path(sysconfig.get_path("stdlib"))
-    found = [f.path.relative_to(root) for f in files(Source(python="stdlib", exclude=("site-packages", "test", "json")), tmp_path)]
+    found = [
+        f.path.relative_to(root)
+        for f in files(Source(python="stdlib", exclude=("site-packages", "test", "json")), tmp_path)
+    ]
     assert Path("argparse.py") in found
     assert found == sorted(found, key=lambda path: path.parts)
     assert not any({"test", "json"} & set(path.parts) or path.suffix != ".py" for path in found)
@@ -118,7 +121,9 @@ def test_any_range_that_begins_and_ends_at_documents_gives_them_again(
         patch.setattr(corpus, "BLOCK", block)
         (file,) = files(Source(path=str(where / "a.txt"), separator=separator), where)
         whole = list(corpus.documents(file))
-        assert [doc.text for doc in whole] == [part for part in separator.join([*parts, "end"]).split(separator) if part]
+        assert [doc.text for doc in whole] == [
+            part for part in separator.join([*parts, "end"]).split(separator) if part
+        ]
         for i in range(len(whole)):
             for j in range(i, len(whole)):
                 assert list(corpus.documents(file, whole[i].start, whole[j].end)) == whole[i : j + 1]
@@ -187,7 +192,13 @@ def test_what_is_bad_can_be_skipped_and_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", [{}, {"path": "a", "url": "http://b"}, {"path": "a", "field": "t", "separator": "|"}, {"path": "a", "separator": ""}]
+    "source",
+    [
+        {},
+        {"path": "a", "url": "http://b"},
+        {"path": "a", "field": "t", "separator": "|"},
+        {"path": "a", "separator": ""},
+    ],
 )
 def test_a_contradictory_source_is_refused(source: dict[str, str]) -> None:
     with pytest.raises(ValueError):

@@ -1,6 +1,7 @@
 """A data set is a pure function of text, tokenizer and settings, whatever happens while it is made; bad input is told."""
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -23,7 +24,24 @@ from gpt.shards import TokenSet
 from gpt.tokenizer import END, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "the river runs to sea and full of stars moon light 床前 明月 光 疑是 地上 霜 12 345 x() return".split()
+WORDS = [
+    "the",
+    "river",
+    "runs",
+    "to",
+    "sea",
+    "and",
+    "full",
+    "stars",
+    "床前",
+    "明月",
+    "光",
+    "地上",
+    "霜",
+    "12",
+    "345",
+    "x()",
+]
 
 
 def poem(seed: int) -> str:
@@ -151,7 +169,7 @@ def test_a_bounded_sample_does_not_depend_on_the_order_of_the_text(tmp_path: Pat
         sample = prepare.Sample(4000, seed=7)
         for i, each in enumerate(order):
             document = corpus.Document(each, each.encode(), 0, 0)
-            sample.add(document, __import__("hashlib").sha256(document.utf8).digest(), i)
+            sample.add(document, hashlib.sha256(document.utf8).digest(), i)
         samples.append(sorted(sample.texts(prepare.Split("given", 0, 0))))
     assert samples[0] == samples[1]
     assert 3000 < len("".join(samples[0]).encode()) <= 4000
@@ -166,7 +184,7 @@ def test_a_long_document_is_drawn_in_proportion(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("kind", ["char", "word"])
 def test_the_simplest_vocabularies_tell_what_they_do_not_know(tmp_path: Path, kind: Any) -> None:
-    (tmp_path / "a.txt").write_text("ab cd " * 300 + "zz")
+    (tmp_path / "a.txt").write_text("ab cd " * 299 + "zz")
     report = run(settings(tmp_path / "a.txt", kind=kind, vocab_size=None), tmp_path / "set")
     assert (report.unknown_tokens, report.unknown_bytes) == {"char": (2, 2), "word": (1, 2)}[kind]
 
@@ -293,7 +311,34 @@ def test_a_preparation_broken_at_any_write_ends_with_the_same_bytes(
     assert k > 50
 
 
-def test_finished_chunks_are_used_again(text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_a_crash_left_hidden_goes_when_the_new_one_stands(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    run(settings(text, vocab_size=280), out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "fs", NoSecondRename(out))
+        with pytest.raises(Crash):
+            run(settings(text), out, overwrite=True)
+    assert not out.exists()
+    run(settings(text), out, overwrite=True)
+    assert TokenSet(out, "train").vocab_size == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+class NoSecondRename(durable.FileSystem):
+    """Crashes when something is about to appear at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target == self.path:
+            raise Crash
+        super().rename(source, target)
+
+
+def test_finished_chunks_are_used_again(
+    text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, done = prepare.encode_chunk, []
 
     def encode(task: prepare.Task, *rest: Any) -> None:
@@ -311,7 +356,9 @@ def test_finished_chunks_are_used_again(text: Path, tmp_path: Path, small_chunks
     assert sorted(done) == list(range(max(done) + 1))
 
 
-def test_other_settings_start_anew(text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_start_anew(
+    text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepare, "_write_manifest", lambda *_: (_ for _ in ()).throw(Crash()))
     with pytest.raises(Crash):
         run(settings(text, vocab_size=280), tmp_path / "set")
@@ -322,7 +369,9 @@ def test_other_settings_start_anew(text: Path, tmp_path: Path, small_chunks: Non
     assert content(tmp_path / "set") == content(tmp_path / "other")
 
 
-def test_a_stop_request_is_obeyed_and_the_work_continued(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_is_obeyed_and_the_work_continued(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(signals, "_requested", "SIGTERM")
     with pytest.raises(signals.Stopped):
         run(settings(text), tmp_path / "set")
@@ -345,13 +394,16 @@ def test_an_up_to_date_data_set_is_left_alone_and_another_is_not_replaced_unaske
 def test_a_damaged_data_set_is_not_called_up_to_date(text: Path, tmp_path: Path) -> None:
     run(settings(text), tmp_path / "set")
     (tmp_path / "set" / "train-00000.tok").write_bytes(b"short")
-    with pytest.raises(ValueError, match="is not a whole data set .*--overwrite"):
+    with pytest.raises(ValueError, match=r"is not a whole data set .*--overwrite"):
         run(settings(text), tmp_path / "set")
 
 
 def test_two_preparations_of_one_data_set_are_refused(text: Path, tmp_path: Path) -> None:
     (tmp_path / ".set.preparing").mkdir()
-    with durable.Lock(tmp_path / ".set.preparing" / "lock", "set"), pytest.raises(ValueError, match="in use by process"):
+    with (
+        durable.Lock(tmp_path / ".set.preparing" / "lock", "set"),
+        pytest.raises(ValueError, match="set is in use by pid"),
+    ):
         run(settings(text), tmp_path / "set")
 
 
@@ -389,7 +441,9 @@ def test_every_recipe_loads_and_its_input_can_be_replaced() -> None:
 
 
 def test_an_input_list_may_mix_strings_and_sections(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("input:\n- a.txt\n- {path: b, exclude: ['*.log'], name: logs}\n- http://x/y#sha256=ab\n")
+    (tmp_path / "r.yaml").write_text(
+        "input:\n- a.txt\n- {path: b, exclude: ['*.log'], name: logs}\n- http://x/y#sha256=ab\n"
+    )
     a, b, c = prepare.load_recipe(tmp_path / "r.yaml", []).input
     assert (a.path, b.exclude, b.label, c.url, c.sha256) == ("a.txt", ("*.log",), "logs", "http://x/y", "ab")
 
@@ -423,7 +477,7 @@ def test_a_corpus_or_split_without_text_is_refused(tmp_path: Path) -> None:
         run(settings(tmp_path / "b.jsonl", validation=[str(tmp_path / "a.jsonl")]), tmp_path / "set")
     with pytest.raises(ValueError, match="split train has no document"):
         run(settings(tmp_path / "c.txt", kind="char", vocab_size=None), tmp_path / "set")
-    with pytest.raises(ValueError, match="the corpus is empty.*1 bad records were skipped, first .*not UTF-8"):
+    with pytest.raises(ValueError, match=r"the corpus is empty.*1 bad records were skipped, first .*not UTF-8"):
         (tmp_path / "c.txt").write_bytes(b"\xff")
         run(settings(tmp_path / "c.txt", on_bad_record="skip"), tmp_path / "set")
     assert not (tmp_path / "set").exists()
@@ -432,7 +486,9 @@ def test_a_corpus_or_split_without_text_is_refused(tmp_path: Path) -> None:
 def test_skipped_records_are_counted_and_listed(text: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": 1}\n\xff\n')
     console = Console(file=io.StringIO(), width=80)
-    report = prepare.prepare(settings(text, tmp_path / "bad.jsonl", on_bad_record="skip"), tmp_path / "set", console=console)
+    report = prepare.prepare(
+        settings(text, tmp_path / "bad.jsonl", on_bad_record="skip"), tmp_path / "set", console=console
+    )
     assert len(report.skipped) == 2
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2 bad records were skipped" in printed and "bad.jsonl:2: field 'text' is int" in printed
@@ -444,7 +500,9 @@ def command(*arguments: str | Path, cwd: Path, stdin: str | None = None) -> subp
 
 
 def test_the_command_prepares_standard_input_and_says_what_to_do_next(tmp_path: Path) -> None:
-    done = command("-", "--out", "data/mine", "--vocab-size", "300", cwd=tmp_path, stdin="\n".join(map(poem, range(50))))
+    done = command(
+        "-", "--out", "data/mine", "--vocab-size", "300", cwd=tmp_path, stdin="\n".join(map(poem, range(50)))
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "data/mine is ready: python train.py" in done.stdout
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["mine"]

@@ -1,6 +1,7 @@
 # The commands behind each target stand in README.md; nothing here is needed to use the project.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
 .PHONY: help quickstart test test-full check clean
 
@@ -26,16 +27,16 @@ check: .venv/.dev ## lint, format and types
 clean: ## delete the environment; data sets and runs stay
 	rm -rf .venv
 
-.venv/bin/python:
+# The stamps come last, so that whatever was interrupted is done again, a half-made environment included.
+.venv/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 2; }
-	$(PYTHON) -m venv .venv
-
-.venv/.installed: .venv/bin/python requirements.txt pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo "installing into .venv, once (torch is large)"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) -r requirements.txt
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/.dev: .venv/.installed requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(INSTALL) -r requirements-dev.txt
 	@touch $@

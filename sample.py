@@ -80,7 +80,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="the system message of a chat")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the fastest here)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        words = "" if unknown[0].startswith("-") else "; put quotes around a prompt of several words"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{words}")
     if args.prompt and args.prompt_file:
         parser.error("--prompt and --prompt-file are two sources of the same text; give one")
     if args.chat and (args.json or args.num_samples > 1 or args.prompt or args.prompt_file):

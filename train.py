@@ -13,7 +13,9 @@ from gpt import signals
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train a language model from a settings file; run it again to continue."
+        prog="train.py",
+        description="Train a language model from a settings file; run it again to continue.",
+        allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, nargs="?", help="a settings file, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
@@ -29,7 +31,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         help="print every setting with type, default and meaning, and stop",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)  # settings may follow flags
+    if unknown:
+        parser.error(f"unknown flag {unknown[0]}; settings have no dashes: section.key=value (--keys lists them)")
+    return args
 
 
 def main(argv: list[str]) -> None:

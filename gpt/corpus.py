@@ -33,6 +33,7 @@ UNSUPPORTED = {
     **dict.fromkeys((".pdf", ".doc", ".docx", ".epub"), "is not plain text; extract its text first"),
     **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".safetensors"), "is binary, not text"),
 }
+SKIPPING = "--on-bad-record skip leaves such text out"
 USER_AGENT = "gpt-trainer"
 TIMEOUT_S = 30
 
@@ -192,7 +193,7 @@ def documents(
                     text, utf8 = read(file, data, number, at)
                 except BadRecord as error:
                     if skip is None:
-                        raise
+                        raise BadRecord(f"{error}; {SKIPPING}") from None
                     skip(error)
                     continue
                 if text:
@@ -211,8 +212,10 @@ def _is_binary(file: File, raw: BinaryIO, skip: Callable[[BadRecord], None] | No
     if b"\0" not in head:
         return False
     error = BadRecord(f"{file.label}: a binary file, or UTF-16 (it has NUL bytes); expected text in UTF-8")
-    if skip is None or file.explicit:
+    if file.explicit:
         raise error
+    if skip is None:
+        raise BadRecord(f"{error}; {SKIPPING}")
     skip(error)
     return True
 

@@ -211,7 +211,11 @@ class Wandb:
             "x_save_requirements": False,
         }
         run = wandb.init(
-            **config.model_dump(),
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            tags=config.tags,
+            mode=config.mode,
             id=self._id,
             resume="allow",
             name=run_path.name,

@@ -228,7 +228,7 @@ class Scan:
 
 def scan(inputs: Sequence[Input], settings: PrepareConfig, meter: "Meter") -> Scan:
     """Read the corpus once: check it, count it, hash it, draw the sample, cut it into chunks."""
-    found = Scan(Sample(settings.sample_bytes, settings.seed))
+    found = Scan(Sample(settings.sample_bytes if settings.tokenizer is None else MEASURED_BYTES, settings.seed))
     content, chunk, n_bytes = hashlib.sha256(), hashlib.sha256(), 0
     ranges: list[Range] = []
 
@@ -287,13 +287,13 @@ def choose_split(settings: PrepareConfig, found: Scan, bytes_per_token: float | 
 class Meter:
     """Progress of one phase: a bar with MB/s and time left on a terminal, a line now and then elsewhere."""
 
-    LINE_S = 10.0
-
     def __init__(self, console: Console, what: str, n_bytes: int) -> None:
         self._console, self._what, self._total, self._done = console, what, n_bytes, 0
-        self._begun = self._last = time.monotonic()
+        self._is_terminal = console.is_terminal
+        self._interval_s = 0.1 if self._is_terminal else 10.0
+        self._begun = self._shown = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not self._is_terminal)
         self._task = self._bar.add_task(what, total=n_bytes)
 
     def __enter__(self) -> Self:
@@ -307,13 +307,20 @@ class Meter:
         """Count bytes done; raises signals.Stopped if a stop was requested."""
         signals.check()
         self._done += n_bytes
-        self._bar.update(self._task, completed=self._done)
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._last >= self.LINE_S:
-            self._last, speed = now, self._done / (now - self._begun)
-            left = time.strftime("%H:%M:%S", time.gmtime(max(0, self._total - self._done) / speed))
-            done = f"{self._done / 1e6:.0f}/{max(self._total, self._done) / 1e6:.0f} MB"
-            _say(self._console, f"{self._what}  {done}  {speed / 1e6:.1f} MB/s  eta {left}")
+        if now - self._shown < self._interval_s:
+            return
+        self._shown = now
+        if self._is_terminal:
+            self._bar.update(self._task, completed=self._done)
+        else:
+            _say(self._console, self._line(now))
+
+    def _line(self, now: float) -> str:
+        speed = max(1.0, self._done / (now - self._begun))
+        left = time.strftime("%H:%M:%S", time.gmtime(max(0, self._total - self._done) / speed))
+        done = f"{self._done / 1e6:.0f}/{max(self._total, self._done) / 1e6:.0f} MB"
+        return f"{self._what}  {done}  {speed / 1e6:.1f} MB/s  eta {left}"
 
 
 @dataclass(frozen=True)
@@ -523,8 +530,9 @@ def _prepare(
 
 
 def _tidy(work: Path, out: Path) -> None:
-    """Delete the working directory, and a replaced data set that a crash left hidden. The lock is held."""
-    for path in (work, *out.parent.glob(f".{glob.escape(out.name)}.tmp-*")):
+    """Delete the working directory and, if the new one stands, an old data set that a crash left hidden. Lock held."""
+    hidden = out.parent.glob(f".{glob.escape(out.name)}.tmp-*") if out.exists() else ()
+    for path in (work, *hidden):
         durable.fs.rmtree(path)
 
 

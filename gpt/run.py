@@ -49,7 +49,7 @@ class RunDirectory:
         """Drop what was logged past `step`, the checkpoint that training continues from; the rest keeps its bytes."""
         if self.metrics_path.exists():
             kept = [line for line, values in _lines(self.metrics_path) if values["step"] <= step]
-            durable.write_file(self.metrics_path, kept)
+            durable.write_file(self.metrics_path, b"".join(kept))
 
     def best(self, steps: Sequence[int]) -> int | None:
         """The step among `steps` with the lowest val_bpb, None where none was evaluated."""

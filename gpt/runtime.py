@@ -49,9 +49,7 @@ def check_device(device: str) -> None:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.partition(":")[0], False):
         here = ", ".join(name for name, there in available.items() if there)
-        raise ValueError(
-            f"device '{device}' is not available here (there is: {here}); set train.device=auto or another one"
-        )
+        raise ValueError(f"device '{device}' is not available here (there is: {here}); use another, or leave it out")
 
 
 def cpu_flags() -> set[str]:

@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +25,7 @@ from gpt.config import Settings
 from gpt.data import Batch, DataConfig, Loader, evaluated_tokens
 from gpt.evaluate import EvalConfig, evaluate
 from gpt.generate import Sampling, complete
-from gpt.log import Log, LogConfig
+from gpt.log import WATCHER_GONE, Log, LogConfig
 from gpt.loss import NextToken
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.optim import OptimConfig, Optimizer
@@ -38,6 +39,7 @@ FREE = ("name", "choices", "log.", "checkpoint.", "eval.every")  # what may chan
 RUNS = Path("runs")
 PROBE_UPDATES = 6
 SAMPLE_TOKENS = 100
+EVAL_TOKENS = 4096  # of one forward pass, if the micro-batch is smaller: no activations are kept
 
 
 class TrainConfig(Settings):
@@ -202,7 +204,7 @@ class Session:
             self.data.val,
             config.eval,
             seq_len=config.data.seq_len,
-            batch_rows=self.choices.micro_batch,
+            batch_rows=max(self.choices.micro_batch, EVAL_TOKENS // config.data.seq_len),
             device=self.choices.device,
             dtype=self.choices.dtype,
         )
@@ -230,10 +232,11 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
     began = time.monotonic()
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with suppress(*WATCHER_GONE):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    if runtime.world_size() > 1:
-        raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
+    _check(given)
+    data = open_data(given.data)
     run = RunDirectory(RUNS, _unused(given.name) if fresh else given.name)
     with run.lock():
         saves = Checkpoints(run.checkpoints, given.checkpoint.keep)
@@ -244,7 +247,6 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
         def elapsed() -> float:
             return state.elapsed_s + time.monotonic() - began
 
-        data = open_data(given.data)
         config = _agree(given, run, data, say)
         model, config = _settle(config, latest, data, elapsed, say)
         assert config.choices is not None
@@ -306,6 +308,18 @@ def _recorded(session: Session, start: int) -> None:
         else f"no better val_bpb in {session.config.train.patience} evaluations"
     )
     run.status("done", last, reason)
+
+
+def _check(given: TrainConfig) -> None:
+    """ValueError for what cannot be trained here, before anything is made for it."""
+    if runtime.world_size() > 1:
+        raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
+    if given.train.batch_tokens % given.data.seq_len:
+        raise ValueError(
+            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of data.seq_len ({given.data.seq_len})"
+        )
+    if given.train.device != "auto":
+        runtime.check_device(given.train.device)
 
 
 def _agree(given: TrainConfig, run: RunDirectory, data: Data, say: Callable[[str], None]) -> TrainConfig:
@@ -459,10 +473,6 @@ def _choose(
 
 def _rows(config: TrainConfig) -> int:
     """Rows of one update."""
-    if config.train.batch_tokens % config.data.seq_len:
-        raise ValueError(
-            f"train.batch_tokens ({config.train.batch_tokens}) must be a multiple of data.seq_len ({config.data.seq_len})"
-        )
     return config.train.batch_tokens // config.data.seq_len
 
 

@@ -25,7 +25,14 @@ def installed(fs: durable.FileSystem) -> Iterator[None]:
         durable.fs = before
 
 
-class Failing(durable.FileSystem):
+class Unsynced(durable.FileSystem):
+    """Waits for no disk: where only the order of operations counts, hundreds of them need not take minutes."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+
+class Failing(Unsynced):
     """Raises `fault` at operation k, half done where that is possible. Killed stays dead; a disk works again."""
 
     def __init__(self, k: int, fault: BaseException) -> None:
@@ -86,7 +93,7 @@ def failed(k: int, fault: BaseException, action: Callable[[], object]) -> bool:
     return False
 
 
-class Watching(durable.FileSystem):
+class Watching(Unsynced):
     """Asserts that power may fail at any time: what is renamed is on the disk, what is deleted has a durable replacement."""
 
     def __init__(self) -> None:

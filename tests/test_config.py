@@ -165,7 +165,7 @@ def test_every_independent_mistake_is_named_in_one_go_with_its_line(file):
         ("model: {n_head: 65}", "x.yaml:1: model.n_head: expected at most 64, got 65"),
         ("train: {steps: 0.3k5}", "x.yaml:1: train.steps: expected int, got '0.3k5'"),
         ("train: {steps: 0.0001k}", "x.yaml:1: train.steps: '0.0001k' is not a whole number"),
-        ("train: {time: 4 minutes}", "x.yaml:1: train.time: expected seconds, or a duration such as 90s, 3m, 2h or 1d, got '4 minutes'"),
+        ("train: {time: 4 min}", "x.yaml:1: train.time: expected seconds, or a duration such as 90s, 3m, 2h or 1d, got '4 min'"),
         ("train: {micro_batch: many}", "x.yaml:1: train.micro_batch: expected 'auto' or int, got 'many'"),
         ("train: {micro_batch: autos}", "x.yaml:1: train.micro_batch: expected 'auto' or int, got 'autos'; did you mean 'auto'?"),
         ("train: {betas: [0.9]}", "x.yaml:1: train.betas: expected more values, got a list of 1"),

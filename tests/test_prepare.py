@@ -227,6 +227,23 @@ def test_the_example_cannot_command_the_terminal(tmp_path: Path) -> None:
     assert "\x1b[2J" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_progress_is_a_bar_on_a_terminal_and_lines_with_speed_and_time_left_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 1.0, 11.0, 12.0])
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    console = Console(file=io.StringIO(), width=80)
+    with prepare.Meter(console, "reading", 200_000_000) as meter:
+        for _ in range(3):
+            meter.advance(55_000_000)
+    assert console.file.getvalue() == "reading  110/200 MB  10.0 MB/s  eta 00:00:09\n"  # type: ignore[attr-defined]
+    monkeypatch.undo()
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with prepare.Meter(console, "reading", 10) as meter:
+        meter.advance(5)
+    assert "reading" in console.file.getvalue() and "━" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 # The same bytes
 
 
@@ -559,7 +576,7 @@ def test_preparing_never_imports_torch() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_command_run_again_ends_with_the_same_bytes(tmp_path: Path, number: signal.Signals) -> None:
     rng = random.Random(int(number))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": poem(i) * 8}) + "\n" for i in range(1500)))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": poem(i) * 8}) + "\n" for i in range(700)))
     assert command("a.jsonl", "--out", "golden", cwd=tmp_path).returncode == 0
     for _ in range(3):
         line = [sys.executable, str(ROOT / "data" / "prepare.py"), "a.jsonl", "--out", "set"]

@@ -1,5 +1,6 @@
 """The learning rate over a run, and when things are due."""
 
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def test_every_update_moves_and_none_exceeds_the_peak(kind, steps, warmup):
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 def test_after_the_warm_up_the_rate_only_falls_and_ends_one_update_above_the_floor(kind):
     values = curve(1000, kind=kind, warmup=0.0, floor=0.1)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
     assert 0.1 < values[-1] < 0.11
 
 
@@ -55,7 +56,7 @@ def test_cosine_is_half_way_down_in_the_middle():
 def test_the_rate_does_not_jump_when_the_warm_up_ends():
     for kind in KINDS:
         values = curve(1000, kind=kind, warmup=0.1)
-        assert max(abs(a - b) for a, b in zip(values[50:], values[51:], strict=False)) <= 0.0101
+        assert max(abs(a - b) for a, b in itertools.pairwise(values[50:])) <= 0.0101
 
 
 @pytest.mark.parametrize(

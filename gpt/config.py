@@ -114,7 +114,7 @@ class Source:
     def read_file(self, path: Path) -> None:
         """Add a settings file's values; a file that cannot be parsed ends the reading at once."""
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
             raise ConfigError(f"{path}: no such file{_did_you_mean(str(path.with_name(n)) for n in near)}") from None
@@ -245,7 +245,7 @@ def _key(values: dict[str, Any], detail: ErrorDetails) -> Key:
     for name in detail["loc"]:
         if (isinstance(value, dict) and name in value) or (isinstance(value, list) and name in range(len(value))):
             key, value = (*key, name), value[name]
-    missing = detail["loc"][-1]
+    missing = detail["loc"][-1] if detail["loc"] else None
     return (*key, missing) if detail["type"] == "missing" and isinstance(missing, str) else key
 
 

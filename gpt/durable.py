@@ -13,6 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -105,7 +106,8 @@ def make_directory(path: Path) -> None:
     """Make a directory, and those above it that are missing, durably; one that exists is left alone."""
     for directory in reversed((path, *path.parents)):
         if not directory.exists():
-            fs.mkdir(directory)
+            with suppress(FileExistsError):  # another process was faster
+                fs.mkdir(directory)
             _sync_directory(directory.parent)
 
 
@@ -176,6 +178,9 @@ class Lock:
             holder = self._holder()
             self._file.close()
             raise ValueError(f"{what} is in use by {holder}") from None
+        except OSError as error:
+            self._file.close()
+            raise ValueError(f"{path} cannot be locked ({error.strerror}); use a disk of this machine") from None
         self._file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "what": what, "since": since}, self._file)

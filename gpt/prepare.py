@@ -14,14 +14,11 @@ import os
 import signal
 import threading
 import time
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -29,11 +26,10 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
 
 from gpt import config, corpus, durable, signals
 from gpt import tokenizer as tokenizers
+from gpt.census import Report, census, say, show
 from gpt.config import Count, Settings
 from gpt.corpus import File, Source
 from gpt.shards import Document, ShardEntry, TokenSet, token_dtype, write_manifest, write_shard
@@ -314,7 +310,7 @@ class Meter:
         if self._is_terminal:
             self._bar.update(self._task, completed=self._done)
         else:
-            _say(self._console, self._line(now))
+            say(self._console, self._line(now))
 
     def _line(self, now: float) -> str:
         speed = max(1.0, self._done / (now - self._begun))
@@ -464,24 +460,6 @@ def _encode_in_processes(tasks: Sequence[Task], workers: int, meter: Meter) -> N
         pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a prepared data set holds. `scripts`: (script, tokens, bytes), most bytes first."""
-
-    path: Path
-    documents: dict[str, int]
-    bytes: dict[str, int]
-    tokens: dict[str, int]
-    vocab_size: int
-    vocab_used: int
-    unknown_tokens: int
-    unknown_bytes: int
-    scripts: list[tuple[str, int, int]]
-    sources: list[tuple[str, int, int, int]]  # name, documents, bytes, tokens
-    example: list[str]
-    skipped: list[str]
-
-
 def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: bool = False) -> Report:
     """Make the data set `out`, or leave it alone if it is up to date.
 
@@ -497,11 +475,11 @@ def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: 
         finally:
             if not (work / "set" / "tokenizer.json").exists():  # published, or nothing to continue from
                 _tidy(work, out)
-    report = _report(out, skipped)
+    report = census(out, skipped)
     if fresh:
         show(report, console)
     else:
-        _say(console, f"{out} is up to date: the same text and settings")
+        say(console, f"{out} is up to date: the same text and settings")
     return report
 
 
@@ -519,7 +497,7 @@ def _prepare(
         return False, found.skipped
     finished = work / "set"
     if _resume(work, identity):
-        _say(console, f"continuing with what is finished in {work}")
+        say(console, f"continuing with what is finished in {work}")
     tokenizer, split = _tokenizer_and_split(settings, found, imported, finished, console)
     tasks = [Task(i, c, split, settings.on_bad_record == "skip", work) for i, c in enumerate(found.chunks)]
     with Meter(console, "encoding", found.n_bytes) as meter:
@@ -536,10 +514,6 @@ def _tidy(work: Path, out: Path) -> None:
         durable.fs.rmtree(path)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def _inputs(settings: PrepareConfig, out: Path, work: Path, console: Console) -> tuple[list[Input], list[str]]:
     """Every file of the recipe in order, and the names of its sources."""
     names: list[str] = []
@@ -550,7 +524,7 @@ def _inputs(settings: PrepareConfig, out: Path, work: Path, console: Console) ->
         if source.label not in names:
             names.append(source.label)
         spool = work / f"stdin-{len(inputs)}"
-        files = corpus.files(source, out.parent / "downloads", spool, partial(_say, console))
+        files = corpus.files(source, out.parent / "downloads", spool, partial(say, console))
         inputs += [Input(file, names.index(source.label), split) for file in files]
     return inputs, names
 
@@ -624,7 +598,7 @@ def _tokenizer_and_split(
     elif (finished / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(finished)
     else:
-        _say(console, f"training the tokenizer on {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB")
+        say(console, f"training the tokenizer on {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB")
         tokenizer = tokenizers.train(texts, settings.kind, settings.vocab_size, corpus_bytes=found.n_bytes)
     for name, data in reversed(tokenizer.files().items()):  # tokenizer.json last: its presence says that both stand
         durable.write_file(finished / name, data)
@@ -668,112 +642,3 @@ def _write_manifest(
 
 def _n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _report(out: Path, skipped: list[str]) -> Report:
-    """Read the data set back, which also checks every block of it."""
-    tokenizer = Tokenizer.load(out)
-    sets = {split: TokenSet(out, split) for split in SPLITS}
-    counts = np.zeros(tokenizer.size, dtype=np.int64)
-    for tokens in sets.values():
-        for start in range(0, tokens.n_tokens, 1 << 20):
-            counts += np.bincount(tokens.read(start, min(1 << 20, tokens.n_tokens - start)), minlength=tokenizer.size)
-    scripts: Counter[str] = Counter()
-    script_tokens: Counter[str] = Counter()
-    for token in np.flatnonzero(counts).tolist():
-        data = tokenizer.token_bytes(token)
-        if data:
-            scripts[script := script_of(data)] += int(counts[token]) * len(data)
-            script_tokens[script] += int(counts[token])
-    n_bytes = sum(tokens.n_bytes for tokens in sets.values())
-    unknown = tokenizer.unknown_id
-    first = sets["train"].read(0, min(120, sets["train"].n_tokens)).tolist()
-    return Report(
-        path=out,
-        documents={split: tokens.n_documents for split, tokens in sets.items()},
-        bytes={split: tokens.n_bytes for split, tokens in sets.items()},
-        tokens={split: tokens.n_tokens for split, tokens in sets.items()},
-        vocab_size=tokenizer.size,
-        vocab_used=int(np.count_nonzero(counts)),
-        unknown_tokens=0 if unknown is None else int(counts[unknown]),
-        unknown_bytes=0 if unknown is None else n_bytes - scripts.total(),
-        scripts=[(script, script_tokens[script], n) for script, n in scripts.most_common()],
-        sources=_by_source(list(sets.values())),
-        example=[tokenizer.piece(token) for token in first if token not in tokenizer.control_ids],
-        skipped=skipped,
-    )
-
-
-def _by_source(sets: Sequence[TokenSet]) -> list[tuple[str, int, int, int]]:
-    """(name, documents, bytes, tokens) of each source."""
-    rows = []
-    names = sets[0].sources
-    totals = np.zeros((len(names), 3), dtype=np.int64)
-    for tokens in sets:
-        lengths = np.diff(np.append(tokens.document_starts, tokens.n_tokens))
-        for column, weights in enumerate((np.ones_like(lengths), tokens.document_bytes, lengths)):
-            totals[:, column] += np.bincount(tokens.document_sources, weights, len(names)).astype(np.int64)
-    for name, (documents, n_bytes, n_tokens) in zip(names, totals.tolist(), strict=True):
-        rows.append((name, documents, n_bytes, n_tokens))
-    return rows
-
-
-SHOWN_SOURCES, SHOWN_RECORDS = 20, 10
-SCRIPTS = {"LATIN": "Latin", "CJK": "Han", "HIRAGANA": "kana", "KATAKANA": "kana", "CYRILLIC": "Cyrillic"}
-CATEGORIES = {"N": "digits", "P": "punctuation", "S": "punctuation", "Z": "space", "C": "space"}
-
-
-def script_of(data: bytes) -> str:
-    """The script of most of a token's characters, spaces around them not counted."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "parts of characters"
-    return Counter(map(_script_of_character, text.strip() or text)).most_common(1)[0][0]
-
-
-def _script_of_character(char: str) -> str:
-    category = unicodedata.category(char)[0]
-    if category in CATEGORIES:
-        return CATEGORIES[category]
-    return SCRIPTS.get(unicodedata.name(char, "").partition(" ")[0], "other")
-
-
-def show(report: Report, console: Console) -> None:
-    """Print the closing report."""
-    table = Table("split", "documents", "bytes", "tokens", "bytes/token", box=None, header_style="bold")
-    for split in SPLITS:
-        _add(table, split, report.documents[split], report.bytes[split], report.tokens[split])
-    console.print(table)
-    if 1 < len(report.sources) <= SHOWN_SOURCES:
-        table = Table("source", "documents", "bytes", "tokens", "bytes/token", box=None, header_style="bold")
-        for row in report.sources:
-            _add(table, *row)
-        console.print(table)
-    table = Table("script", "bytes", "tokens", "bytes/token", box=None, header_style="bold")
-    for script, n_tokens, n_bytes in report.scripts:
-        table.add_row(script, f"{n_bytes:,}", f"{n_tokens:,}", f"{n_bytes / n_tokens:.2f}")
-    console.print(table)
-    _say(console, f"vocabulary: {report.vocab_used:,} of {report.vocab_size:,} entries occur")
-    if report.unknown_tokens:
-        share = report.unknown_bytes / sum(report.bytes.values())
-        _say(
-            console,
-            f"unknown: {report.unknown_tokens:,} tokens, {report.unknown_bytes:,} bytes of the text ({share:.2%})",
-        )
-    if report.skipped:
-        _say(console, f"{len(report.skipped)} bad records were skipped:")
-        for line in report.skipped[:SHOWN_RECORDS]:
-            _say(console, f"  {line}")
-    styles = cycle(("black on cyan", "black on yellow"))
-    console.print(Text.assemble(*((_printable(piece), next(styles)) for piece in report.example)))
-    _say(console, f"{report.path} is ready: python train.py CONFIG.yaml data.path={report.path}")
-
-
-def _printable(piece: str) -> str:
-    """Without what a terminal would obey."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in piece)
-
-
-def _add(table: Table, name: str, documents: int, n_bytes: int, n_tokens: int) -> None:
-    table.add_row(name, f"{documents:,}", f"{n_bytes:,}", f"{n_tokens:,}", f"{n_bytes / max(1, n_tokens):.2f}")

@@ -98,6 +98,18 @@ def setup(device: str, threads: int) -> None:
     torch.set_float32_matmul_precision("medium" if device == "cpu" and "amx_bf16" not in cpu_flags() else "high")
     torch.use_deterministic_algorithms(device == "cpu")
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _private_compiler_cache()
+
+
+def _private_compiler_cache() -> None:
+    """Keep compiled code, which is run when found, where nobody else can put any: torch's default stands in /tmp."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-trainer"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache.chmod(0o700)
+    except OSError:  # a home that cannot be written: a directory of this process alone
+        cache = Path(tempfile.mkdtemp(prefix="gpt-trainer-"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager[None]:

@@ -74,6 +74,8 @@ def exit_code(error: BaseException) -> int:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a verb: install the handlers, call `main` with the arguments, print what went wrong in words, exit with its code."""
     install()
+    # Before torch loads libgomp: its threads would spin at every barrier, which makes a busy machine many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         try:
             code = main(sys.argv[1:]) or DONE

@@ -247,7 +247,7 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
         def elapsed() -> float:
             return state.elapsed_s + time.monotonic() - began
 
-        config = _agree(given, run, data, say)
+        config = _agree(given, run, latest, data, say)
         model, config = _settle(config, latest, data, elapsed, say)
         assert config.choices is not None
         optimizer = Optimizer(model, config.optim)
@@ -322,13 +322,17 @@ def _check(given: TrainConfig) -> None:
         runtime.check_device(given.train.device)
 
 
-def _agree(given: TrainConfig, run: RunDirectory, data: Data, say: Callable[[str], None]) -> TrainConfig:
+def _agree(
+    given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data, say: Callable[[str], None]
+) -> TrainConfig:
     """The run's settings, the model's filled in: `given`, or what the run was started with, where both say the same.
 
     Raises ValueError with the differences and what to run instead if they do not.
     """
-    if run.config_path.exists():
-        stored = settings.load(TrainConfig, run.config_path)
+    # A checkpoint holds the settings too, should the run's own file be lost.
+    written = run.config_path if run.config_path.exists() or latest is None else latest / "run.yaml"
+    if written.exists():
+        stored = settings.load(TrainConfig, written)
         open_model = {name: getattr(stored.model, name) for name in _filled(given)}
         asked = given.model_copy(update={"model": given.model.model_copy(update=open_model)})
         changed = [d for d in settings.differences(stored, asked) if not d[0].startswith(FREE)]

@@ -77,8 +77,10 @@ def test_a_file_sets_what_it_names_and_the_rest_keeps_its_default(file):
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(file):
     path = file("name: file\nmodel: {n_layer: 2, n_head: 8}\n")
-    run = load(Run, path, ["model.n_layer=3", "train.lr=0.1"], {"name": "default", "seed": 7, "model.n_head": 16})
-    assert (run.name, run.seed, run.model.n_layer, run.model.n_head, run.train.lr) == ("file", 7, 3, 8, 0.1)
+    defaults = {"name": "default", "seed": 7, "model.n_head": 16, "model.bias": True}
+    run = load(Run, path, ["model.n_layer=3", "train.lr=0.1"], defaults)
+    assert (run.name, run.seed, run.train.lr) == ("file", 7, 0.1)
+    assert run.model == Model(n_layer=3, n_head=8, bias=True)
 
 
 def test_an_override_can_open_and_close_an_optional_section(file):

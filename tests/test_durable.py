@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -70,7 +71,10 @@ def test_everything_is_synced_before_it_is_renamed_and_replaced_before_it_is_del
     with every_sync_watched():
         make(tmp_path / "directory", OLD)
     with every_sync_watched():
-        make(tmp_path / "work", NEW)
+        durable.fs.mkdir(tmp_path / "work")
+        fd = durable.fs.open(tmp_path / "work" / "file")  # the file is synced, its entry in the directory is not
+        durable.fs.fsync(fd)
+        os.close(fd)
         durable.publish(tmp_path / "work", tmp_path / "directory")
     with every_sync_watched():
         durable.remove_directory(tmp_path / "directory")
@@ -186,6 +190,17 @@ def test_publishing_leaves_the_old_or_the_new_directory_whole(tmp_path: Path, fa
     assert content(count / "d") == NEW
 
 
+def test_a_directory_that_another_process_makes_first_is_as_good(tmp_path: Path) -> None:
+    class Late(Unsynced):
+        def mkdir(self, path: Path) -> None:
+            path.mkdir()
+            super().mkdir(path)
+
+    with installed(Late()):
+        durable.make_directory(tmp_path / "runs" / "x")
+    assert (tmp_path / "runs" / "x").is_dir()
+
+
 def test_a_directory_that_exists_is_never_written_over(tmp_path: Path) -> None:
     make(tmp_path / "d", OLD)
     with pytest.raises(FileExistsError, match="exists already; move it away"):
@@ -280,3 +295,12 @@ def test_a_held_lock_that_says_nothing_is_still_held(tmp_path: Path, text: str) 
         (tmp_path / ".lock").write_text(text)
         with pytest.raises(ValueError, match="x is in use by another process"):
             durable.Lock(tmp_path / ".lock", "x")
+
+
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match=r"\.lock cannot be locked \(No locks available\); use a disk of this machine"):
+        durable.Lock(tmp_path / ".lock", "x")

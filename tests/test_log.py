@@ -236,6 +236,22 @@ def test_wandb_gets_the_public_settings_and_the_records_over_tokens(opened, fake
     }
 
 
+def test_wandb_is_told_to_look_at_nothing_itself(opened, fake):
+    module = fake()
+    log, _ = opened(wandb=WandbConfig())
+    log.close()
+    off = {
+        name
+        for name, value in module.given["settings"].items()
+        if name.startswith(("disable_", "x_disable_")) and value
+    }
+    assert off == {"disable_code", "disable_git", "disable_job_creation"} | {
+        f"x_disable_{what}" for what in ("meta", "machine_info", "stats")
+    }
+    assert not module.given["settings"]["save_code"] and not module.given["settings"]["x_save_requirements"]
+    assert module.given["settings"]["console"] == "off" and module.given["settings"]["init_timeout"] <= 60
+
+
 def test_a_resume_continues_the_wandb_run_and_sends_no_step_twice(opened, fake):
     ids = set()
     sent = []

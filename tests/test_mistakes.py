@@ -272,6 +272,12 @@ MISTAKES = {
         ("data/small is not the data set this run was started with", "--fresh"),
         lambda home: (shutil.rmtree(home / "data/small"), shutil.copytree(home / "data/other", home / "data/small")),
     ),
+    "other settings for a run whose own were deleted": Mistake(
+        "train small.yaml optim.lr=0.5",
+        2,
+        ("runs/small was started with other settings", "-> 0.5"),
+        lambda home: (home / "runs/small/config.yaml").unlink(),
+    ),
     # damage
     "a truncated shard": Mistake(
         "train small.yaml name=x",

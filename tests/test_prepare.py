@@ -202,24 +202,6 @@ def test_the_report_counts_what_is_on_disk(text: Path, tmp_path: Path) -> None:
     assert "bytes/token" in printed and "Han" in printed and f"{used.size} of 300" in printed
 
 
-@pytest.mark.parametrize(
-    ("data", "script"),
-    [
-        (" the", "Latin"),
-        ("床前", "Han"),
-        ("かな", "kana"),
-        ("мир", "Cyrillic"),
-        ("123", "digits"),
-        ("\n\t", "space"),
-        ("(x, y)", "punctuation"),
-        ("ไทย", "other"),
-    ],
-)
-def test_a_token_has_the_script_of_most_of_it(data: str, script: str) -> None:
-    assert prepare.script_of(data.encode()) == script
-    assert prepare.script_of("床".encode()[:2]) == "parts of characters"
-
-
 def test_the_example_cannot_command_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\x1b[2J\x1b]0;title\x07 text " * 50)
     console = Console(file=io.StringIO(), force_terminal=True)

@@ -209,9 +209,19 @@ def test_a_shard_sealed_again_with_other_numbers_is_refused(small: Path) -> None
                 continue
             header[field] = value
             header["checksum"] = shards._header_checksum(header)
-            file.write_bytes(header.tobytes() + whole[HEADER.itemsize :])
-            with pytest.raises(CorruptError, match=r"train-00000\.tok"):
-                everything(small)
+            body = header.tobytes() + whole[HEADER.itemsize : -32]
+            file.write_bytes(body + hashlib.sha256(body).digest())
+            with pytest.raises(CorruptError, match=r"train-00000\.tok: it h"):
+                TokenSet(small, "train")
+
+
+def test_a_changed_header_is_found_at_open(small: Path) -> None:
+    file = small / "train-00000.tok"
+    whole = file.read_bytes()
+    for at in range(HEADER.itemsize):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CorruptError, match=r"train-00000\.tok: it"):
+            TokenSet(small, "train")
 
 
 def test_a_shard_whose_index_or_spans_make_no_sense_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +304,12 @@ def test_a_missing_or_linked_shard_is_refused(small: Path, tmp_path: Path) -> No
     file.unlink()
     os.mkfifo(file)  # opening one would wait for ever
     with pytest.raises(CorruptError, match="not a plain file"):
+        TokenSet(small, "train")
+
+
+def test_a_file_that_is_no_shard_is_said_to_be_none(small: Path) -> None:
+    (small / "train-00000.tok").write_text("To be, or not to be: " * 100)
+    with pytest.raises(CorruptError, match=r"train-00000\.tok: it is not a token shard; prepare the data set again"):
         TokenSet(small, "train")
 
 

@@ -19,12 +19,16 @@ import json
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="data/prepare.py", description="Prepare text for training: a tokenizer and token shards in one directory."
+        prog="data/prepare.py",
+        description="Prepare text for training: a tokenizer and token shards in one directory.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "input", nargs="*", metavar="INPUT | RECIPE.yaml [key=value]", help="what to read, or a recipe and its changes"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the data set to make, for example data/mine")
+    parser.add_argument("--field", metavar="KEY", help="the field of a JSON line that holds its text; text by default")
+    parser.add_argument("--separator", metavar="TEXT", help="what parts the documents of a file; else each is one")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
         "--vocab-size", metavar="N", help="entries of the tokenizer to train; follows the corpus by default"
@@ -42,7 +46,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--keys", action="store_true", help="print the settings of a recipe with type, default and meaning"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str]) -> None:
@@ -72,7 +76,9 @@ def main(argv: list[str]) -> None:
     elif args.out is None:
         raise ValueError(f"name the data set to make: python data/prepare.py {' '.join(args.input)} --out data/NAME")
     else:
-        settings = config.load(prepare.PrepareConfig, None, [f"input={json.dumps(args.input)}", *changes])
+        options = {name: text for name in ("field", "separator") if (text := getattr(args, name)) is not None}
+        inputs = [{**prepare.as_source(text), **options} for text in args.input]
+        settings = config.load(prepare.PrepareConfig, None, [f"input={json.dumps(inputs)}", *changes])
         out = args.out
     prepare.prepare(settings, out, console=console, overwrite=args.overwrite)
 

@@ -55,6 +55,8 @@ def evaluate(
             nats += objective(batch.tokens.to(device), batch.targets.to(device)).cpu().double()
     objective.train(was_training)
     total = float(nats)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the validation loss is {total}: the weights give numbers that are not finite")
     return Evaluation(
         val_loss=total / max(1, n_targets),
         val_bpb=total / math.log(2) / evaluated_bytes(tokens, config.tokens),

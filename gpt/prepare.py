@@ -53,16 +53,15 @@ def _as_sources(value: object) -> object:
         value = (value,)
     if not value:
         raise ValueError("it names nothing to read")
-    return tuple(_as_source(each) for each in value)
+    return tuple(as_source(each) if isinstance(each, str) else each for each in value)
 
 
-def _as_source(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("http://", "https://")):
-        url, _, sha256 = value.partition("#sha256=")
+def as_source(text: str) -> dict[str, str | None]:
+    """The input that a bare string means: a URL, perhaps with #sha256=..., or a path."""
+    if text.startswith(("http://", "https://")):
+        url, _, sha256 = text.partition("#sha256=")
         return {"url": url, "sha256": sha256 or None}
-    return {"path": value}
+    return {"path": text}
 
 
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
@@ -104,6 +103,10 @@ class PrepareConfig(Settings):
     def _one_vocabulary(self) -> Self:
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError("vocab_size is the tokenizer's own when tokenizer names one; leave one of them out")
+        if self.kind == "bpe" and self.vocab_size is not None and self.vocab_size < tokenizers.MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is below {tokenizers.MIN_VOCAB_SIZE}: the 256 bytes and the control tokens"
+            )
         return self
 
 
@@ -556,7 +559,9 @@ def _identity(settings: PrepareConfig, found: Scan, names: list[str], imported: 
 
 
 def _is_up_to_date(out: Path, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` is this data set; ValueError for another one unless it may be replaced."""
+    """Whether `out` is this data set; ValueError for another one unless it may be replaced, and for what is none."""
+    if not (out / "manifest.json").is_file():
+        raise ValueError(f"{out} exists and is not a data set; name another with --out")
     try:
         for split in SPLITS:
             TokenSet(out, split)  # looks at every shard
@@ -564,7 +569,7 @@ def _is_up_to_date(out: Path, identity: dict[str, Any], overwrite: bool) -> bool
             return True
         problem = "was made from other text or settings"
     except (ValueError, OSError) as error:
-        problem = f"exists and is not a whole data set ({error})"
+        problem = f"is not whole ({error})"
     if overwrite:
         return False
     raise ValueError(f"{out} {problem}; add --overwrite to replace it, or name another with --out")

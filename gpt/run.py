@@ -5,7 +5,7 @@ It writes no checkpoint and reads no tensor: it knows only where checkpoints sta
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,6 @@ class RunDirectory:
             kept = [line for line, values in _lines(self.metrics_path) if values["step"] <= step]
             durable.write_file(self.metrics_path, b"".join(kept))
 
-    def best(self, steps: Sequence[int]) -> int | None:
-        """The step among `steps` with the lowest val_bpb, None where none was evaluated."""
-        scores = _scores(self.metrics(), steps)
-        return min(scores, key=scores.__getitem__, default=None)
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """One object a line; CorruptError for a line that is none, except a torn last one."""
@@ -74,10 +69,15 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         yield line + b"\n", values
 
 
-def _scores(metrics: Sequence[dict[str, Any]], steps: Sequence[int]) -> dict[int, float]:
-    """val_bpb of those `steps` that were evaluated to a finite number."""
-    scores = {line["step"]: line.get("val_bpb") for line in metrics if line["kind"] == "eval" and line["step"] in steps}
+def scores_of(metrics: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """val_bpb by step, of the evaluations that gave a finite number."""
+    scores = {line["step"]: line.get("val_bpb") for line in metrics if line["kind"] == "eval"}
     return {step: score for step, score in scores.items() if isinstance(score, float) and math.isfinite(score)}
+
+
+def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    """The step among `steps` with the lowest score, the first of equals; None where none was evaluated."""
+    return min((step for step in steps if step in scores), key=scores.__getitem__, default=None)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -134,8 +134,8 @@ def _in_run(path: Path, which: str) -> tuple[Path, str]:
         raise ValueError(f"{path} has no checkpoint yet; let it train until its first save (checkpoint.every)")
     if which not in ("best", "last") and not (which.isdecimal() and int(which) in steps):
         raise ValueError(f"{path} has no checkpoint '{which}'; it has {', '.join(map(str, steps))}, best and last")
-    scores = _scores(read_metrics(path / "metrics.jsonl"), steps)
-    best = min(scores, key=scores.__getitem__, default=steps[-1])
+    scores = scores_of(read_metrics(path / "metrics.jsonl"))
+    best = best_of(scores, steps) or steps[-1]
     step = {"best": best, "last": steps[-1]}.get(which) or int(which)
     score = f", {scores[step]:.4f} bits/byte" if step in scores else ""
     found = checkpoint_path(path / "checkpoints", step)

@@ -46,9 +46,10 @@ def best_device() -> tuple[str, str]:
 
 def check_device(device: str) -> None:
     """Raise ValueError in words if `device` is not to be had here."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.partition(":")[0], False):
-        here = ", ".join(name for name, there in available.items() if there)
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *mps]
+    if device not in available and not (device == "cuda" and "cuda:0" in available):
+        here = ", ".join(available)
         raise ValueError(f"device '{device}' is not available here (there is: {here}); use another, or leave it out")
 
 

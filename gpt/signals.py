@@ -74,6 +74,9 @@ def exit_code(error: BaseException) -> int:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a verb: install the handlers, call `main` with the arguments, print what went wrong in words, exit with its code."""
     install()
+    for name in ("stdin", "stdout", "stderr"):  # a stream that the shell closed is None, which print cannot write to
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     # Before torch loads libgomp: its threads would spin at every barrier, which makes a busy machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +30,7 @@ from gpt.loss import NextToken
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.optim import OptimConfig, Optimizer
 from gpt.plan import Choices, TrainingConfig
-from gpt.run import RunDirectory, resolve
+from gpt.run import RunDirectory, best_of, resolve, scores_of
 from gpt.schedule import ScheduleConfig, due, factor
 from gpt.shards import TokenSet
 from gpt.tokenizer import Tokenizer
@@ -136,6 +136,13 @@ class Session:
     objective: NextToken
     optimizer: Optimizer
     elapsed: Callable[[], float]  # seconds of training, over all resumes
+    scores: dict[int, float] = field(init=False)  # val_bpb by step
+    sampled: set[int] = field(init=False)  # steps whose sample stands in metrics.jsonl
+
+    def __post_init__(self) -> None:
+        lines = self.run.metrics()
+        self.scores = scores_of(lines)
+        self.sampled = {line["step"] for line in lines if line["kind"] == "sample"}
 
     def tokens(self, step: int) -> int:
         return step * self.config.train.batch_tokens
@@ -158,7 +165,7 @@ class Session:
         )
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of `step`, if it is not there: a Hugging Face model directory with what resume needs beside it."""
+        """Write the checkpoint of `step`, if it is not there, then let go of those that are neither new nor best."""
         if step in self.saves.steps():
             return
         model = self.objective.model
@@ -171,6 +178,11 @@ class Session:
             run_yaml=settings.dump(self.config),
             state=asdict(State(step, self.tokens(step), self.elapsed())),
         )
+        self.saves.prune(self.best())
+
+    def best(self) -> int | None:
+        """The step of the best checkpoint."""
+        return best_of(self.scores, self.saves.steps())
 
     def observe(self, step: int) -> None:
         """What follows the save of `step`: its evaluation and its sample, where due and not yet in metrics.jsonl.
@@ -178,16 +190,15 @@ class Session:
         A stop request during them saves the step first, then raises signals.Stopped.
         """
         config, steps = self.config, self.choices.steps
-        there = {line["kind"] for line in self.run.metrics() if line["step"] == step}
-        evaluate_first = step == 0 and config.init_from is not None
+        evaluating = due(step, config.eval.every, steps) if step else config.init_from is not None
+        sampling = step > 0 and due(step, config.log.sample_every, steps)
         try:
-            if "eval" not in there and (evaluate_first or (step and due(step, config.eval.every, steps))):
+            if evaluating and step not in self.scores:
                 self._evaluate(step)
-            if "sample" not in there and step and due(step, config.log.sample_every, steps):
+            if sampling and step not in self.sampled:
                 self._sample(step)
         except signals.Stopped:
             self.stop(step)
-        self.saves.prune(self.run.best(self.saves.steps()))
 
     def stop(self, step: int) -> NoReturn:
         """Save `step` and raise signals.Stopped."""
@@ -208,8 +219,14 @@ class Session:
             device=self.choices.device,
             dtype=self.choices.dtype,
         )
-        scores = {"val_loss": result.val_loss, "val_bpb": result.val_bpb}
-        self.log.eval(step, tokens=self.tokens(step), **scores, elapsed_s=self.elapsed())
+        self.scores[step] = result.val_bpb
+        self.log.eval(
+            step,
+            tokens=self.tokens(step),
+            val_loss=result.val_loss,
+            val_bpb=result.val_bpb,
+            elapsed_s=self.elapsed(),
+        )
 
     def _sample(self, step: int) -> None:
         seed = runtime.key(self.config.seed, step, "sample")
@@ -218,8 +235,7 @@ class Session:
 
     def out_of_patience(self) -> bool:
         """Whether the last `train.patience` evaluations all failed to improve on the best before them."""
-        patience = self.config.train.patience
-        scores = [line["val_bpb"] for line in self.run.metrics() if line["kind"] == "eval"]
+        patience, scores = self.config.train.patience, list(self.scores.values())
         return patience is not None and len(scores) > patience and min(scores[-patience:]) >= min(scores[:-patience])
 
 
@@ -493,8 +509,7 @@ def _public(config: TrainConfig) -> dict[str, object]:
 
 def _farewell(session: Session, say: Callable[[str], None]) -> None:
     """Say how it ended and what to type next."""
-    best = session.run.best(session.saves.steps())
-    scores = {line["step"]: line["val_bpb"] for line in session.run.metrics() if line["kind"] == "eval"}
+    best = session.best()
     if best is not None:
-        say(f"best: {scores[best]:.4f} bits/byte at step {best}, {session.saves.path(best)}")
+        say(f"best: {session.scores[best]:.4f} bits/byte at step {best}, {session.saves.path(best)}")
     say(f'next: python sample.py {session.run.path} --prompt "..."')

@@ -201,6 +201,14 @@ def test_a_manifest_that_vouches_for_less_than_a_checkpoint_is_refused(tmp_path:
         verify(path)
 
 
+def test_another_format_of_checkpoint_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "step")
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(CorruptError, match=r"manifest\.json: format 2, this program reads 1"):
+        verify(path)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", "", ".", "..", ".hidden", "link"])
 def test_no_name_in_a_manifest_leaves_its_directory(tmp_path: Path, name: str) -> None:
     path, outside = write(tmp_path / "step"), tmp_path / "outside"
@@ -288,6 +296,19 @@ def test_nothing_is_deleted_while_the_newest_is_not_whole(tmp_path: Path) -> Non
     with pytest.raises(CorruptError, match=r"state\.json"):
         saves.prune(best=None)
     assert saves.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_pruned_checkpoint_is_whole_or_gone_whatever_fails(tmp_path: Path, fault: BaseException) -> None:
+    for k in (1, 2, 3):  # rename, sync, delete
+        saves = Checkpoints(tmp_path / str(k), keep=1)
+        saves.directory.mkdir()
+        for step in (1, 2):
+            write(saves.path(step), step)
+        assert failed(k, fault, lambda: saves.prune(best=None))  # noqa: B023 (called at once)
+        for path in saves.directory.glob("step_*"):
+            verify(path)
+        assert saves.steps() == ([1, 2] if k == 1 else [2])
 
 
 LAST = 4

@@ -190,8 +190,11 @@ MISTAKES = {
         "prepare poems.jsonl --out data/x", 2, ("poems.jsonl:2: no field 'text'; it has 'poem'", "name one with field")
     ),
     # vocabulary
+    "a directory of texts as the data set to overwrite": Mistake(
+        "prepare texts/poems.txt --out texts --overwrite --workers 1", 2, ("texts", "not a data set", "--out")
+    ),
     "a vocabulary smaller than the bytes": Mistake(
-        "prepare texts/poems.txt --out data/x --vocab-size 100", 2, ("vocab_size: 100 is too small", "need 264")
+        "prepare texts/poems.txt --out data/x --vocab-size 100", 2, ("vocab_size 100 is below 264",)
     ),
     "a vocabulary larger than the text supports": Mistake(
         "prepare texts/poems.txt --out data/x --vocab-size 50k", 2, ("50000 is more than the text supports", "or less")
@@ -201,6 +204,12 @@ MISTAKES = {
     ),
     "two vocabularies": Mistake(
         "prepare texts/poems.txt --out data/x --vocab-size 300 --tokenizer runs/small", 2, ("not allowed with",)
+    ),
+    "a recipe with two vocabularies": Mistake(
+        "prepare data/two.yaml",
+        2,
+        ("data/two.yaml: vocab_size is the tokenizer's own", "leave one of them out"),
+        lambda home: (home / "data/two.yaml").write_text("input: poems.txt\nvocab_size: 300\ntokenizer: runs/small\n"),
     ),
     # where data sets go
     "no place for the data set": Mistake(

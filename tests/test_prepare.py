@@ -393,7 +393,7 @@ def test_an_up_to_date_data_set_is_left_alone_and_another_is_not_replaced_unaske
 def test_a_damaged_data_set_is_not_called_up_to_date(text: Path, tmp_path: Path) -> None:
     run(settings(text), tmp_path / "set")
     (tmp_path / "set" / "train-00000.tok").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"is not a whole data set .*--overwrite"):
+    with pytest.raises(ValueError, match=r"is not whole .*--overwrite"):
         run(settings(text), tmp_path / "set")
 
 

@@ -7,7 +7,7 @@ from faults import FAULTS, every_sync_watched, failed, n_operations
 
 from gpt import durable
 from gpt.durable import CorruptError
-from gpt.run import MANIFEST, RunDirectory, checkpoint_path, resolve, saved_steps
+from gpt.run import MANIFEST, RunDirectory, best_of, checkpoint_path, resolve, saved_steps, scores_of
 
 
 @pytest.fixture
@@ -107,13 +107,13 @@ def test_dropping_metrics_loses_nothing_else_whatever_fails(run: RunDirectory, f
 
 
 def test_the_best_step_is_the_lowest_score_among_the_steps_there_are(run: RunDirectory) -> None:
-    assert run.best([10]) is None
     add(run, s10=2.0, s20=1.0, s30=1.5, s40=math.nan, s50=None, s60=1.5)
     with run.metrics_path.open("a") as file:
         file.write('{"kind": "train", "step": 10, "val_bpb": 0.1}\n')
-    assert run.best([10, 20, 30]) == 20
-    assert run.best([10, 30, 40, 50, 60]) == 30, "of equals the first, and no score that is not a number"
-    assert run.best([40, 50]) is None and run.best([]) is None
+    scores = scores_of(run.metrics())
+    assert best_of(scores, [10, 20, 30]) == 20
+    assert best_of(scores, [10, 30, 40, 50, 60]) == 30, "of equals the first, and no score that is not a number"
+    assert best_of(scores, [40, 50]) is None and best_of(scores, []) is None
 
 
 def test_saved_steps_are_the_whole_checkpoints_by_number(run: RunDirectory) -> None:

@@ -65,8 +65,11 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch: p
         words = re.escape(f"device '{device}' is not available here (there is: cpu)")
         with pytest.raises(ValueError, match=words):
             runtime.check_device(device)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     runtime.check_device("cuda:0")
+    runtime.check_device("cuda")
+    with pytest.raises(ValueError, match="'cuda:1' is not available here"):
+        runtime.check_device("cuda:1")
     with pytest.raises(ValueError, match=r"there is: cpu, cuda"):
         runtime.check_device("mps")
 

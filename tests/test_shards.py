@@ -358,7 +358,7 @@ ENTRY = {"file": "train-00000.tok", "sha256": "0" * 64, "n_tokens": 1, "n_docume
 )
 def test_a_manifest_that_makes_no_sense_is_refused(small: Path, changes: dict[str, Any]) -> None:
     rewrite(small, **changes)
-    with pytest.raises(CorruptError, match=r"manifest\.json|train-00000\.tok"):
+    with pytest.raises(CorruptError, match=r"manifest\.json"):
         TokenSet(small, "train")
 
 

@@ -77,8 +77,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     for name in ("stdin", "stdout", "stderr"):  # a stream that the shell closed is None, which print cannot write to
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    # Before torch loads libgomp: its threads would spin at every barrier, which makes a busy machine many times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads libgomp: by default its threads spin for long at every barrier, which makes a busy machine many
+    # times slower (docs/experiments.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         try:
             code = main(sys.argv[1:]) or DONE

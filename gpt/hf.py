@@ -17,10 +17,10 @@ from torch import Tensor
 from gpt import checkpoint
 from gpt.durable import CorruptError
 from gpt.model import GPT, ModelConfig
+from gpt.run import PICKLES
 from gpt.tokenizer import Tokenizer
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 OURS = "GptTrainerForCausalLM"  # what no class of transformers computes
 
 

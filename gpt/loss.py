@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gpt.data import IGNORED
 from gpt.model import GPT
 
-CHUNK_LOGITS = 2_000_000  # logits held at once: 8 MB in fp32
+# Logits held at once: on the CPU 8 MB in fp32, which stay in its cache; on a GPU enough to keep it busy.
+CHUNK_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 27}
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -29,7 +30,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if need_grad else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        rows = max(1, CHUNK_LOGITS // len(weight))
+        rows = max(1, CHUNK_LOGITS.get(x.device.type, 1 << 24) // len(weight))
         for start in range(0, len(x), rows):
             part, target = x[start : start + rows], targets[start : start + rows]
             trained = target != IGNORED

@@ -78,29 +78,31 @@ class ModelConfig(Settings):
         return self.d_ff or 64 * math.ceil(width / 64)
 
 
-class Rotary:
+class Rotary(nn.Module):
     """Rotary positions: turn each pair (i, i + D/2) of a head by position * theta^(-2i/D) (Su et al. 2021)."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
         assert config.max_seq_len is not None
         half = torch.arange(0, config.d_head, 2, device="cpu") / config.d_head
         angles = torch.outer(torch.arange(config.max_seq_len, device="cpu"), config.rope_theta**-half).repeat(1, 2)
-        self.cos, self.sin = angles.cos(), angles.sin()  # (max_seq_len, D)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # (max_seq_len, D)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def table(self, positions: Tensor | None, n_tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor | None, n_tokens: int) -> tuple[Tensor, Tensor]:
         """cos and sin at `positions` (B, T), None meaning 0 .. n_tokens - 1; broadcastable to (B, heads, T, D)."""
         if n_tokens > len(self.cos):
             raise ValueError(f"{n_tokens} tokens do not fit the model's context (max_seq_len {len(self.cos)})")
-        if self.cos.device != like.device:
-            with torch.inference_mode(False):  # a first use inside an evaluation must not spoil the tables for training
-                self.cos, self.sin = self.cos.to(like.device), self.sin.to(like.device)
         if positions is None:
             return self.cos[:n_tokens], self.sin[:n_tokens]
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, T, D) by the angles of `Rotary.table`."""
+    """Rotate x (B, heads, T, D) by the angles of `Rotary`."""
     left, right = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
 
@@ -139,17 +141,21 @@ def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
         seen = stop if mask.causal else k.shape[2]
-        if mask.allowed is not None:
-            hidden = ~mask.allowed[:, :, start:stop, :seen]
-        else:
-            hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(start + 1)
         rows = q[:, :, start:stop].reshape(B, G, -1, D)  # the H / G heads of a group, one below the other
         scores = (rows @ k[:, :, :seen].mT).view(B, H, stop - start, seen)
-        if mask.causal or mask.allowed is not None:
-            scores = scores + torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -math.inf)
+        if mask.allowed is not None:
+            scores = scores + _minus_infinity(~mask.allowed[:, :, start:stop, :seen], q.dtype)
+        elif mask.causal:
+            hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(start + 1)
+            scores = scores + _minus_infinity(hidden, q.dtype)
         weights = scores.softmax(dim=-1).view(B, G, -1, seen)
         parts.append((weights @ v[:, :, :seen]).view(B, H, stop - start, D))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where `hidden`, else 0: adding it costs no copy of the scores in the backward pass, as masked_fill does."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 
 class RMSNorm(nn.Module):
@@ -275,7 +281,7 @@ class Decoder(nn.Module):
         at = None if cache is None else cache.positions(tokens.shape[1])
         mask = self.mask(doc_ids, cache, at)
         x = self.dropout(self.embed_tokens(tokens))  # (B, T, C)
-        cos, sin = self.rotary.table(at if positions is None else positions, tokens.shape[1], x)
+        cos, sin = self.rotary(at if positions is None else positions, tokens.shape[1])
         for block in self.layers:
             x = block(x, cos, sin, mask, cache, at)
         if cache is not None:

@@ -91,6 +91,11 @@ def machine(config: TrainingConfig) -> tuple[str, str, int, str]:
     return device, dtype, threads, f"{device} ({shown}), {dtype} ({why}), {threads} threads"
 
 
+def fixed_steps(config: TrainingConfig) -> int | None:
+    """Updates that steps or tokens ask for; None with a time budget."""
+    return config.steps if config.tokens is None else -(-config.tokens // config.batch_tokens)
+
+
 def micro_batch(config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len: int, device: str) -> int:
     """Rows of one forward pass: as set, or the largest divisor of `n_rows` whose activations fit."""
     if config.micro_batch != "auto":
@@ -126,10 +131,10 @@ def choose(
     timed = config.time is not None
     compiled = config.compile if isinstance(config.compile, bool) else device.startswith("cuda")
     seconds = 0.0
-    if not compiled and (timed or config.compile == "auto"):
-        rows, seconds = _fitting(measure, rows, False, note)
     if config.compile == "auto" and device == "cpu":
-        expected = config.time or seconds * (config.steps or -(-(config.tokens or 0) // config.batch_tokens))
+        if not timed:
+            rows, seconds = _fitting(measure, rows, False, note)
+        expected = config.time or seconds * (fixed_steps(config) or 0)
         missing = runtime.compiler_missing()
         compiled = expected > COMPILE_PAYS_AFTER_S and missing is None
         why = missing or f"about {expected:.0f} s of training {'repay' if compiled else 'do not repay'} compiling"
@@ -142,9 +147,10 @@ def choose(
         except (RuntimeError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             note(f"compile: no, running eagerly (it failed: {reason})")
-            compiled = False
-            rows, seconds = _fitting(measure, rows, False, note)
-    steps = config.steps or -(-(config.tokens or 0) // config.batch_tokens)
+            compiled, seconds = False, 0.0
+    if timed and not compiled:
+        rows, seconds = _fitting(measure, rows, False, note)
+    steps = fixed_steps(config) or 1
     if config.time is not None:
         left = config.time - elapsed()
         steps = max(1, int(left / (seconds + extra(seconds))))
@@ -191,5 +197,5 @@ def peak_flops(device: str) -> float | None:
     """The data sheet's bf16 peak of this GPU, None where we know none."""
     if not device.startswith("cuda"):
         return None
-    name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name(device)
     return next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from gpt import config, corpus, durable, signals
 from gpt import tokenizer as tokenizers
-from gpt.census import Report, census, say, show
+from gpt.census import SPLITS, Report, census, say, show
 from gpt.config import Count, Settings
 from gpt.corpus import File, Source
 from gpt.shards import Document, ShardEntry, TokenSet, token_dtype, write_manifest, write_shard
@@ -42,7 +42,6 @@ SAMPLE_CHARACTERS = 1 << 16  # a longer document is drawn in pieces of this leng
 TAIL_DOCUMENTS = 20  # split: auto takes whole documents from so many on
 BUCKETS = 1 << 16  # of document hashes, whose sizes are counted to cut the split at a fraction of the bytes
 MEASURED_BYTES = 1 << 18  # of the sample, for the sizes of what is to come
-SPLITS = ("train", "val")
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
@@ -564,7 +563,10 @@ def _is_up_to_date(out: Path, identity: dict[str, Any], overwrite: bool) -> bool
         raise ValueError(f"{out} exists and is not a data set; name another with --out")
     try:
         for split in SPLITS:
-            TokenSet(out, split)  # looks at every shard
+            tokens = TokenSet(out, split)
+            tokens.verify()
+        if Tokenizer.load(out).sha256 != tokens.tokenizer_sha256:
+            raise ValueError("its tokenizer.json is another one")
         if json.loads((out / "manifest.json").read_bytes())["settings"] == identity:
             return True
         problem = "was made from other text or settings"

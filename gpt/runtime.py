@@ -65,7 +65,7 @@ def cpu_flags() -> set[str]:
 def best_dtype(device: str) -> tuple[str, str]:
     """The fastest dtype for matrix products on `device` that trains safely, and why."""
     if device.startswith("cuda"):
-        native = torch.cuda.get_device_capability()[0] >= 8
+        native = torch.cuda.get_device_capability(device)[0] >= 8
         return ("bfloat16", "the GPU computes it natively") if native else ("float32", "the GPU has no fast bfloat16")
     if device == "cpu":
         fast = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"})
@@ -104,13 +104,15 @@ def setup(device: str, threads: int) -> None:
 
 def _private_compiler_cache() -> None:
     """Keep compiled code, which is run when found, where nobody else can put any: torch's default stands in /tmp."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-trainer"
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-trainer"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         cache.chmod(0o700)
-    except OSError:  # a home that cannot be written: a directory of this process alone
+    except (OSError, RuntimeError):  # no home, or one that cannot be written: a directory of this process alone
         cache = Path(tempfile.mkdtemp(prefix="gpt-trainer-"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager[None]:
@@ -121,13 +123,13 @@ def autocast(device: str, dtype: str) -> AbstractContextManager[None]:
 def synchronize(device: str) -> None:
     """Wait for the device; needed around timings."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def peak_memory_bytes(device: str) -> int:
     """Most memory held so far: of the GPU where there is one, else resident memory of the process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -135,7 +137,7 @@ def peak_memory_bytes(device: str) -> int:
 def free_memory_bytes(device: str) -> int:
     """Memory a run may still take: the GPU's free memory, else what the system has available (8 GiB if unknown)."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(device)[0]
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -66,6 +67,8 @@ def exit_code(error: BaseException) -> int:
     # torch.OutOfMemoryError by its name: torch is not imported for the sake of an error
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return NO_SPACE
+    if isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error)):
+        return NO_SPACE  # torch on a CPU or an Apple GPU says so in words only
     if isinstance(error, FloatingPointError):
         return NON_FINITE
     return USER_ERROR if isinstance(error, USER_ERRORS) else BUG

@@ -5,11 +5,11 @@ A run is its name and its settings: the same call continues where it stopped, ot
 
 import itertools
 import math
-import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,11 +35,13 @@ from gpt.schedule import ScheduleConfig, due, factor
 from gpt.shards import TokenSet
 from gpt.tokenizer import Tokenizer
 
-FREE = ("name", "choices", "log.", "checkpoint.", "eval.every")  # what may change between resumes: it changes no update
+# What may change between resumes, since it changes no update; the data set is known by its fingerprint.
+FREE = ("name", "choices", "data.path", "log.", "checkpoint.", "eval.every")
 RUNS = Path("runs")
 PROBE_UPDATES = 6
+PROBE_SHARE = 0.03  # of a time budget: a shared machine's speed of one second says little about the next
 SAMPLE_TOKENS = 100
-EVAL_TOKENS = 4096  # of one forward pass, if the micro-batch is smaller: no activations are kept
+EVAL_TOKENS = 4096  # of one forward pass of an evaluation, which keeps no activations
 
 
 class TrainConfig(Settings):
@@ -253,7 +255,10 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
 
     _check(given)
     data = open_data(given.data)
-    run = RunDirectory(RUNS, _unused(given.name) if fresh else given.name)
+    if fresh:
+        given = given.model_copy(update={"name": _unused(given.name)})
+        say(f"starting {given.name}; continue it with name={given.name}, without --fresh")
+    run = RunDirectory(RUNS, given.name)
     with run.lock():
         saves = Checkpoints(run.checkpoints, given.checkpoint.keep)
         saves.sweep()
@@ -263,18 +268,24 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
         def elapsed() -> float:
             return state.elapsed_s + time.monotonic() - began
 
-        config = _agree(given, run, latest, data, say)
-        model, config = _settle(config, latest, data, elapsed, say)
-        assert config.choices is not None
-        optimizer = Optimizer(model, config.optim)
-        if latest is not None:
-            optimizer.load_state(load_optimizer(latest))
-        durable.check_space(run.path, (given.checkpoint.keep + 2) * 12 * plan.n_parameters(model))
-        durable.write_file(run.config_path, settings.dump(config).encode())
-        run.truncate_metrics(state.step)
-        with Log(run.path, config.log, run_config=_public(config), steps=config.choices.steps, console=console) as log:
-            session = Session(config, config.choices, run, saves, log, data, NextToken(model), optimizer, elapsed)
-            _recorded(session, state.step)
+        source = _source(given, data, say) if latest is None else None
+        config = _agree(given, run, latest, data, source)
+        with _recorded(run, saves):
+            model = _build(config, say)
+            _check_space(run, saves, given.checkpoint.keep, model)
+            config = _settle(config, model, partial(_fill, model, config, latest, source), data, elapsed, say)
+            assert config.choices is not None
+            optimizer = Optimizer(model, config.optim)
+            if latest is not None:
+                optimizer.load_state(load_optimizer(latest))
+            durable.write_file(run.config_path, settings.dump(config).encode())
+            run.truncate_metrics(-1 if latest is None else state.step)
+            steps = config.choices.steps
+            with Log(run.path, config.log, run_config=_public(config), steps=steps, console=console) as log:
+                session = Session(config, config.choices, run, saves, log, data, NextToken(model), optimizer, elapsed)
+                last = _loop(session, state.step)
+        early = f"no better val_bpb in {config.train.patience} evaluations"
+        run.status("done", last, "all steps made" if last == steps else early)
         _farewell(session, say)
 
 
@@ -306,24 +317,23 @@ def _loop(session: Session, start: int) -> int:
     return choices.steps
 
 
-def _recorded(session: Session, start: int) -> None:
-    """Run the loop with status.json telling its state: running, then done, preempted or failed."""
-    run = session.run
-    run.status("running", start, "")
+@contextmanager
+def _recorded(run: RunDirectory, saves: Checkpoints) -> Iterator[None]:
+    """Tell in status.json that the run is at work, and how it stopped if it did not come to its end."""
+
+    def status(state: str, reason: str) -> None:
+        with suppress(OSError):  # a full disk must not hide what went wrong
+            run.status(state, max(saves.steps(), default=0), reason)
+
+    status("running", "")
     try:
-        last = _loop(session, start)
+        yield
     except signals.Stopped as stopped:
-        run.status("preempted", max(session.saves.steps(), default=0), str(stopped))
+        status("preempted", str(stopped))
         raise
     except BaseException as error:
-        run.status("failed", max(session.saves.steps(), default=0), f"{type(error).__name__}: {error}")
+        status("failed", f"{type(error).__name__}: {error}")
         raise
-    reason = (
-        "all steps made"
-        if last == session.choices.steps
-        else f"no better val_bpb in {session.config.train.patience} evaluations"
-    )
-    run.status("done", last, reason)
 
 
 def _check(given: TrainConfig) -> None:
@@ -338,15 +348,12 @@ def _check(given: TrainConfig) -> None:
         runtime.check_device(given.train.device)
 
 
-def _agree(
-    given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data, say: Callable[[str], None]
-) -> TrainConfig:
+def _agree(given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data, source: GPT | None) -> TrainConfig:
     """The run's settings, the model's filled in: `given`, or what the run was started with, where both say the same.
 
     Raises ValueError with the differences and what to run instead if they do not.
     """
-    # A checkpoint holds the settings too, should the run's own file be lost.
-    written = run.config_path if run.config_path.exists() or latest is None else latest / "run.yaml"
+    written = run.config_path if latest is None else latest / "run.yaml"  # the one that is verified, if there is one
     if written.exists():
         stored = settings.load(TrainConfig, written)
         open_model = {name: getattr(stored.model, name) for name in _filled(given)}
@@ -359,10 +366,8 @@ def _agree(
                 f"continue it with its own settings, or start another run: name=NEW, or --fresh (as {_unused(given.name)})"
             )
         config = asked.model_copy(update={"choices": stored.choices})
-    elif given.init_from is not None:
-        source, what = resolve(given.init_from)
-        say(f"init_from: {what}")
-        config = given.model_copy(update={"model": _source_config(given, source, data)})
+    elif source is not None:
+        config = given.model_copy(update={"model": _source_shape(given, source)})
     else:
         filled = {"vocab_size": data.tokenizer.padded_size, "max_seq_len": given.data.seq_len}
         model = given.model.model_copy(update={k: v for k, v in filled.items() if getattr(given.model, k) is None})
@@ -372,12 +377,27 @@ def _agree(
         raise ValueError(
             f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({config.model.max_seq_len})"
         )
-    if config.choices is not None and config.choices.data != data.train.fingerprint:
+    if config.choices is not None:
+        _check_choices(config, config.choices, data)
+    return config
+
+
+def _check_choices(config: TrainConfig, choices: Choices, data: Data) -> None:
+    """ValueError if choices made earlier are for another data set, or the settings now ask for something else."""
+    if choices.data != data.train.fingerprint:
         raise ValueError(
             f"{config.data.path} is not the data set this run was started with: its fingerprint is "
-            f"{data.train.fingerprint[:12]}, the run's is {config.choices.data[:12]}; restore it, or start another run with --fresh"
+            f"{data.train.fingerprint[:12]}, the run's is {choices.data[:12]}; restore it, or start another run with --fresh"
         )
-    return config
+    train = config.train
+    asked = {name: getattr(train, name) for name in ("device", "dtype", "compile", "micro_batch", "threads")}
+    asked["steps"] = plan.fixed_steps(train)
+    for name, value in asked.items():
+        if value not in (None, "auto") and value != getattr(choices, name):
+            raise ValueError(
+                f"train.{name} asks for {value}, the choices in the settings say {getattr(choices, name)}; "
+                f"choices=null makes them anew"
+            )
 
 
 def _filled(given: TrainConfig) -> list[str]:
@@ -387,68 +407,97 @@ def _filled(given: TrainConfig) -> list[str]:
     return [name for name in ("vocab_size", "max_seq_len") if getattr(given.model, name) is None]
 
 
-def _source_config(given: TrainConfig, source: Path, data: Data) -> ModelConfig:
-    """The source model's shape, with the dropout that `given` asks for; ValueError if shape or tokenizer are not the source's."""
-    if extra := given.model.model_fields_set - {"dropout"}:
-        raise ValueError(
-            f"with init_from the model is the source's: remove model.{', model.'.join(sorted(extra))} (dropout may stay)"
-        )
-    model, tokenizer = hf.load(source)
+def _source(given: TrainConfig, data: Data, say: Callable[[str], None]) -> GPT | None:
+    """The model of init_from; ValueError if the data set was prepared with another tokenizer than its."""
+    if given.init_from is None:
+        return None
+    path, what = resolve(given.init_from)
+    say(f"init_from: {what}")
+    model, tokenizer = hf.load(path)
     if tokenizer.sha256 != data.tokenizer.sha256:
         raise ValueError(
-            f"{given.data.path} was prepared with another tokenizer than {source}: "
+            f"{given.data.path} was prepared with another tokenizer than {path}: "
             f"prepare the text again with --tokenizer {given.init_from}"
         )
-    return model.config.model_copy(update={"dropout": given.model.dropout})
+    return model
 
 
-def _settle(
-    config: TrainConfig, latest: Path | None, data: Data, elapsed: Callable[[], float], say: Callable[[str], None]
-) -> tuple[GPT, TrainConfig]:
-    """The model with its weights on the device, and the settings with every choice made."""
-    choices = config.choices
+def _source_shape(given: TrainConfig, source: GPT) -> ModelConfig:
+    """The source's shape with the dropout that `given` asks for; ValueError if it asks for more."""
+    asked = given.model.model_fields_set - {"dropout"}
+    if extra := [name for name in sorted(asked) if getattr(given.model, name) != getattr(source.config, name)]:
+        raise ValueError(
+            f"with init_from the model is the source's: remove model.{', model.'.join(extra)} (dropout may stay)"
+        )
+    return source.config.model_copy(update={"dropout": given.model.dropout})
+
+
+def _build(config: TrainConfig, say: Callable[[str], None]) -> GPT:
+    """The model on its device, its weights still to be filled in; this process is set up for it."""
     device, dtype, threads, why = plan.machine(config.train)
-    if choices is not None:
+    if (choices := config.choices) is not None:
         device, dtype, threads = choices.device, choices.dtype, choices.threads
-        runtime.check_device(device)
+        why = f"{device}, {dtype}, {threads} threads (as the run was started)"
+        try:
+            runtime.check_device(device)
+        except ValueError as error:
+            raise ValueError(
+                f"the run computes on {device}: {error}. Continue it where there is one, or start from its weights: "
+                f"name=NEW init_from={RUNS / config.name}@last"
+            ) from None
         for was, now in ((choices.torch, runtime.torch_version()), (choices.cpu, runtime.cpu_kind())):
             if now != was:
                 say(f"started on {was}, now on {now}: the run continues, its bits may differ")
-    say(f"device: {why if choices is None else f'{device}, {dtype}, {threads} threads (as the run was started)'}")
+    say(f"device: {why}")
     runtime.setup(device, threads)
     model = GPT(config.model).to(device)
     say(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
-    _fill(model, config, latest)
-    if choices is None:
-        choices = _choose(config, model, data, (device, dtype, threads), elapsed, say)
-        _fill(model, config, latest)  # measuring moved them
+    return model
+
+
+def _check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT) -> None:
+    """OSError unless the run's checkpoints, with one more while it is written, fit on the disk."""
+    to_come = max(0, keep + 1 - len(saves.steps())) + 1
+    durable.check_space(run.path, to_come * 12 * plan.n_parameters(model))
+
+
+def _settle(
+    config: TrainConfig,
+    model: GPT,
+    fill: Callable[[], None],
+    data: Data,
+    elapsed: Callable[[], float],
+    say: Callable[[str], None],
+) -> TrainConfig:
+    """The settings with every choice made; `fill` has given the model its weights when this returns."""
+    fill()
+    if (choices := config.choices) is None:
+        choices = _choose(config, model, data, elapsed, say)
+        fill()  # measuring moved them
     epochs = choices.steps * config.train.batch_tokens / data.train.n_tokens
     say(f"data: {data.train.n_tokens:,} tokens, {choices.steps:,} steps are {epochs:.1f} epochs")
-    return model, config.model_copy(update={"choices": choices})
+    return config.model_copy(update={"choices": choices})
 
 
-def _fill(model: GPT, config: TrainConfig, latest: Path | None) -> None:
+def _fill(model: GPT, config: TrainConfig, latest: Path | None, source: GPT | None) -> None:
     """Give the model its weights: the latest checkpoint's, the source's, or fresh ones from the seed."""
     if latest is not None:
         model.load_state_dict(hf.from_disk(config.model, load_weights(latest)))
-    elif config.init_from is not None:
-        model.load_state_dict(hf.load(resolve(config.init_from)[0])[0].state_dict())
+    elif source is not None:
+        model.load_state_dict(source.state_dict())
     else:
         init_weights(model, runtime.key(config.seed, 0, "init"))
 
 
 def _choose(
-    config: TrainConfig,
-    model: GPT,
-    data: Data,
-    on: tuple[str, str, int],
-    elapsed: Callable[[], float],
-    say: Callable[[str], None],
+    config: TrainConfig, model: GPT, data: Data, elapsed: Callable[[], float], say: Callable[[str], None]
 ) -> Choices:
     """Settle what is left to choose, by a few updates on real batches where it depends on speed."""
-    device, dtype, threads = on
+    device, dtype, threads, _ = plan.machine(config.train)
     objective, rows = NextToken(model), _rows(config)
     loader = Loader(data.train, config.data.seq_len, rows, config.seed)
+    # Speed does not depend on the learning rate, and without a warm-up a full one might not stay finite.
+    still = config.model_copy(update={"schedule": ScheduleConfig(kind="constant", warmup=1e12)})
 
     def measure(micro_batch: int, compile: bool) -> float:
         trial = Choices(
@@ -463,14 +512,20 @@ def _choose(
             cpu=runtime.cpu_kind(),
         )
         forward, optimizer = parallel.applied(objective, compile=compile), Optimizer(model, config.optim)
-        seconds = []
-        for step in range(1, PROBE_UPDATES + 1):
+        step, start, enough = 0, time.perf_counter(), PROBE_SHARE * (config.train.time or 0)
+        while step < PROBE_UPDATES or time.perf_counter() - start < enough:
             signals.check()
-            start = time.perf_counter()
-            update(forward, optimizer, loader.batch(step), config, trial, step)
+            step += 1
+            try:
+                update(forward, optimizer, loader.batch(step), still, trial, step)
+            except RuntimeError as error:  # CPUs say in words only that memory is short
+                if signals.exit_code(error) == signals.NO_SPACE:
+                    raise torch.OutOfMemoryError(str(error)) from None
+                raise
             runtime.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:])  # the first one warms up, or compiles
+            if step == 1:  # it warms up, or compiles
+                start = time.perf_counter()
+        return (time.perf_counter() - start) / (step - 1)
 
     def extra(update_s: float) -> float:
         """An evaluated token costs a third of a trained one; a save writes 12 bytes a parameter at about 300 MB/s."""

@@ -205,7 +205,7 @@ def rotary(D: int = 8, length: int = 64, theta: float = 10_000.0) -> Rotary:
 
 def rotated(x: Tensor, rope: Rotary, first: int = 0) -> Tensor:
     """x (T, D) at positions first, first + 1, ..."""
-    return rotate(x[None, None], *rope.table(torch.arange(first, first + len(x))[None], len(x), x))[0, 0]
+    return rotate(x[None, None], *rope(torch.arange(first, first + len(x))[None], len(x)))[0, 0]
 
 
 def test_a_rotated_score_depends_on_the_distance_alone() -> None:
@@ -238,7 +238,7 @@ def test_rotation_is_multiplication_by_complex_phases(theta: float) -> None:
 
 def test_positions_left_open_count_from_zero() -> None:
     rope, x = rotary(), normal(1, 1, 10, 8)
-    assert torch.equal(rotate(x, *rope.table(None, 10, x))[0, 0], rotated(x[0, 0], rope))
+    assert torch.equal(rotate(x, *rope(None, 10))[0, 0], rotated(x[0, 0], rope))
 
 
 # Norms and MLPs
@@ -444,16 +444,14 @@ def test_a_model_on_the_meta_device_has_the_parameters_of_the_formula(settings: 
 # In training
 
 
-def test_a_model_first_used_in_an_evaluation_can_be_trained() -> None:
-    with torch.device("meta"):  # any device but the one the rotary tables are made on
-        model, x = (
-            GPT(ModelConfig(vocab_size=64, max_seq_len=8, n_layer=1, d_model=8, n_head=2)),
-            torch.zeros(1, 8, dtype=torch.int64),
-        )
+def test_a_model_moves_to_another_device_with_its_rotary_tables_and_trains_there_after_an_evaluation() -> None:
+    model = GPT(ModelConfig(vocab_size=64, max_seq_len=8, n_layer=1, d_model=8, n_head=2)).to("meta")
+    x = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     with torch.inference_mode():
         model(x)
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not any("rotary" in name for name in model.state_dict()), "tables follow from the settings; none are stored"
 
 
 def test_every_parameter_has_a_gradient_under_bf16_autocast(model: GPT, tokens: Tokens) -> None:

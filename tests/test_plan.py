@@ -262,6 +262,6 @@ def test_flops_of_a_token_are_those_counted_by_hand(build: Build, tied: bool) ->
 def test_peaks_are_those_of_the_card_and_no_other(
     monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert plan.peak_flops("cuda") == peak
     assert plan.peak_flops("cpu") is None

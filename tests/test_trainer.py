@@ -256,10 +256,37 @@ def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(here: Path) 
     train(tune, console=CONSOLE)  # and it resumes without complaint
 
 
-def test_a_model_section_beside_init_from_is_refused(here: Path) -> None:
+def test_another_shape_than_the_source_s_is_refused(here: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     with pytest.raises(ValueError, match=r"remove model.d_model"):
-        train(settings("name=other", "init_from=runs/tiny"), console=CONSOLE)
+        train(settings("name=other", "init_from=runs/tiny", "model.d_model=64"), console=CONSOLE)
+
+
+def test_the_resolved_settings_of_a_fine_tuned_run_train_it_again(here: Path) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    train(settings("name=tuned", "init_from=runs/tiny", "train.steps=4"), console=CONSOLE)
+    train(config.load(TrainConfig, Path("runs/tuned/config.yaml"), ["name=again"]), console=CONSOLE)
+    assert weights("again", 4) == weights("tuned", 4) != weights("tiny", 4)
+
+
+def test_a_fresh_run_is_continued_under_its_own_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(signals.Stopped):
+            train(settings("train.steps=4"), fresh=True, console=CONSOLE)
+    train(settings("train.steps=4", "name=tiny-2"), console=CONSOLE)
+    assert weights("tiny-2", 4) == weights("tiny", 4)
+    assert not Path("runs/tiny-3").exists()
+
+
+def test_settings_that_contradict_the_choices_beside_them_are_refused(here: Path) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    path = Path("runs/tiny/config.yaml")
+    with pytest.raises(ValueError, match=r"train.steps asks for 8, the choices in the settings say 4; choices=null"):
+        train(config.load(TrainConfig, path, ["name=longer", "train.steps=8"]), console=CONSOLE)
+    train(config.load(TrainConfig, path, ["name=longer", "train.steps=8", "choices=null"]), console=CONSOLE)
+    assert metrics("longer", "train")[-1]["step"] == 8
 
 
 def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -521,7 +521,7 @@ def test_a_recipe_prepares_beside_itself(text: Path, tmp_path: Path) -> None:
         (("a.txt",), "--out data/NAME"),
         (("no.txt", "--out", "set"), "no.txt: no such file or directory"),
         (("empty.txt", "--out", "set"), "empty.txt: the file is empty"),
-        (("a.txt", "--out", "set", "--vocab-size", "100"), "100 is too small"),
+        (("a.txt", "--out", "set", "--vocab-size", "100"), "vocab_size 100 is below 264"),
         (("a.txt", "--out", "set", "--vocab-size", "9999"), "more than the text supports"),
         (("a.txt", "--out", "set", "--vocab-size", "many"), "vocab_size: expected int, got 'many'"),
         (("a.txt", "--out", "set", "--tokenizer", "no"), "no does not exist"),

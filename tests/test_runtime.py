@@ -100,7 +100,7 @@ def test_cpus_compute_in_bf16_only_with_instructions_for_it(
 def test_gpus_compute_in_bf16_from_ampere_on(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert runtime.best_dtype("cuda:0")[0] == dtype
 
 

@@ -12,4 +12,7 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 
 def applied(objective: NextToken, *, compile: bool) -> Forward:
     """The function that training calls in place of `objective`; it shares the objective's parameters."""
-    return torch.compile(objective, dynamic=False) if compile else objective
+    if not compile:
+        return objective
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # the compiler learns it here
+    return torch.compile(objective, dynamic=False)

@@ -97,7 +97,8 @@ def setup(device: str, threads: int) -> None:
     """
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("medium" if device == "cpu" and "amx_bf16" not in cpu_flags() else "high")
-    torch.use_deterministic_algorithms(device == "cpu")
+    # The public call imports the compiler, a second, to tell it too; `parallel.applied` does that where something compiles.
+    torch._C._set_deterministic_algorithms(device == "cpu")
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _private_compiler_cache()
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+STEPS = 100
 SETTINGS = """
 data: {path: data/small, seq_len: 32}
 model: {n_layer: 2, d_model: 64, n_head: 2, dropout: 0.1}
-train: {steps: 60, batch_tokens: 512, compile: COMPILE, threads: 1}
+train: {steps: STEPS, batch_tokens: 512, compile: COMPILE, threads: 1}
 optim: {kind: muon, lr: 0.02}
 eval: {every: 10, tokens: 2000}
 checkpoint: {every: 5, keep: 2}
@@ -45,6 +46,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def settings(compile: str = "false", steps: int = STEPS) -> str:
+    return SETTINGS.replace("COMPILE", compile).replace("STEPS", str(steps))
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *arguments]
 
@@ -56,30 +61,32 @@ def curve(run: Path) -> list[tuple]:
     return [tuple((k, v) for k, v in line.items() if k not in clocks) for line in lines]
 
 
-def killed_until_done(root: Path, kills: int, longest_s: float, seed: int) -> int:
-    """Run the command, kill it with SIGKILL at random moments `kills` times, let it finish; how many kills hit it at work."""
-    draw, hits = random.Random(seed), 0
+def killed_until_done(root: Path, kills: int, seed: int) -> None:
+    """Run the command, kill it with SIGKILL `kills` times at random moments of start-up, updates, saves; let it finish."""
+    draw = random.Random(seed)
     for _ in range(kills):
-        process = subprocess.Popen(command("small.yaml"), cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            process.wait(draw.uniform(1.0, longest_s))
-        except subprocess.TimeoutExpired:
+        awaited = draw.randint(0, STEPS // kills)  # updates; with 0 the kill comes somewhere in the start-up
+        with subprocess.Popen(
+            command("small.yaml"), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            while awaited and (line := process.stdout.readline()):
+                awaited -= " loss " in line
+            time.sleep(draw.uniform(0.0, 0.1))
+            killed = process.poll() is None
             process.kill()
-            hits += 1
-        _, errors = process.communicate()
-        assert b"error" not in errors, errors.decode()
+            errors = process.communicate()[1]
+        assert killed and "error" not in errors, errors
     subprocess.run(command("small.yaml"), cwd=root, check=True, capture_output=True)
-    return hits
 
 
 def check_kills(root: Path, compile: str, kills: int) -> None:
-    (root / "small.yaml").write_text(SETTINGS.replace("COMPILE", compile))
-    began = time.monotonic()
+    (root / "small.yaml").write_text(settings(compile))
     subprocess.run(command("small.yaml", "name=golden"), cwd=root, check=True, capture_output=True)
-    killed_until_done(root, kills, 0.9 * (time.monotonic() - began), seed=kills)
+    killed_until_done(root, kills, seed=kills)
     small, golden = root / "runs" / "small", root / "runs" / "golden"
     assert curve(small) == curve(golden)
-    weights = "checkpoints/step_00000060/model.safetensors"
+    weights = f"checkpoints/step_{STEPS:08d}/model.safetensors"
     assert (small / weights).read_bytes() == (golden / weights).read_bytes()
     assert not [path for path in (small / "checkpoints").iterdir() if path.name.startswith(".")], (
         "temporaries are swept"
@@ -103,7 +110,7 @@ def test_ten_kills_change_nothing_eager_or_compiled(corpus: Path, tmp_path: Path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_saves_the_step_and_exits_75(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "data").symlink_to(corpus / "data")
-    (tmp_path / "small.yaml").write_text(SETTINGS.replace("COMPILE", "false").replace("steps: 60", "steps: 100000"))
+    (tmp_path / "small.yaml").write_text(settings(steps=100_000))
     process = subprocess.Popen(
         command("small.yaml"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -124,7 +131,7 @@ def test_a_stop_signal_saves_the_step_and_exits_75(corpus: Path, tmp_path: Path,
 
 def test_a_second_process_on_the_same_run_is_refused(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(corpus / "data")
-    (tmp_path / "small.yaml").write_text(SETTINGS.replace("COMPILE", "false").replace("steps: 60", "steps: 100000"))
+    (tmp_path / "small.yaml").write_text(settings(steps=100_000))
     first = subprocess.Popen(
         command("small.yaml"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -139,14 +146,14 @@ def test_a_second_process_on_the_same_run_is_refused(corpus: Path, tmp_path: Pat
 def test_a_missing_data_set_is_prepared_from_its_recipe(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "small.yaml").write_text(f"input: [{corpus / 'poems.jsonl'}]\nvocab_size: 300\n")
-    (tmp_path / "small.yaml").write_text(SETTINGS.replace("COMPILE", "false").replace("steps: 60", "steps: 2"))
+    (tmp_path / "small.yaml").write_text(settings(steps=2))
     done = subprocess.run(command("small.yaml"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data/small/manifest.json").is_file()
 
 
 def test_help_keys_and_print_answer(tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text(SETTINGS.replace("COMPILE", "false"))
+    (tmp_path / "small.yaml").write_text(settings())
     keys = subprocess.run(command("--keys", "optim."), cwd=tmp_path, capture_output=True, text=True)
     assert keys.returncode == 0 and "weight_decay" in keys.stdout and "n_layer" not in keys.stdout
     printed = subprocess.run(

@@ -10,8 +10,10 @@ help: ## show the targets
 
 quickstart: .venv/.installed ## set everything up, train a small Python-writing model, print what it writes
 	$(BIN)/python train.py configs/quickstart.yaml
-	$(BIN)/python sample.py runs/quickstart --prompt 'def fibonacci(n):' --max-tokens 100 --seed 1
-	$(BIN)/python sample.py runs/quickstart --prompt 'class Stack:' --max-tokens 100 --seed 2
+	@for line in 'def fibonacci(n):' 'class Stack:' 'def read(self, path):'; do \
+	    printf '%s\n' "$$line" | $(BIN)/python sample.py runs/quickstart --max-tokens 90 --temperature 0.7 \
+	        --repetition-penalty 1.05 --seed 2 && echo || exit; \
+	done
 
 test: .venv/.dev ## set everything up and run the tests (minutes)
 	$(BIN)/python -m pytest -m "not slow"

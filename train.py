@@ -58,10 +58,12 @@ def main(argv: list[str]) -> None:
         print(config.dump(settings), end="")
         return
     console = Console()
-    out, recipe = Path(settings.data.path), Path(f"{settings.data.path}.yaml")
-    if not out.exists() and recipe.exists():
-        console.print(f"{out} is not prepared yet: python data/prepare.py {recipe}", highlight=False)
-        prepare.prepare(prepare.load_recipe(recipe, []), out, console=console)
+    data = settings.data
+    for name in [data.path] if data.path is not None else data.mixture or []:
+        out, recipe = Path(name), Path(f"{name}.yaml")
+        if not out.exists() and recipe.exists():
+            console.print(f"{out} is not prepared yet: python data/prepare.py {recipe}", highlight=False)
+            prepare.prepare(prepare.load_recipe(recipe, []), out, console=console)
     train(settings, fresh=args.fresh, console=console)
 
 

@@ -3,7 +3,8 @@
     python data/prepare.py INPUT... --out data/NAME      INPUT: file, directory, glob, '-', URL (with #sha256=...)
     python data/prepare.py data/NAME.yaml [key=value ...]
 
-A data set that is up to date is left alone; an interrupted preparation continues where it stopped.
+A data set that is up to date is left alone; an interrupted preparation continues where it stopped. On several machines
+that share a disk: the same command with --scan once, with --part 1/N .. N/N anywhere, with --merge once.
 """
 
 import sys
@@ -27,7 +28,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "input", nargs="*", metavar="INPUT | RECIPE.yaml [key=value]", help="what to read, or a recipe and its changes"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the data set to make, for example data/mine")
-    parser.add_argument("--field", metavar="KEY", help="the field of a JSON line that holds its text; text by default")
+    parser.add_argument("--field", metavar="KEY", help="the field or column that holds the text; text by default")
+    parser.add_argument("--template", metavar="TEXT", help="the text made of several fields: '{title}\\n{body}'")
     parser.add_argument("--separator", metavar="TEXT", help="what parts the documents of a file; else each is one")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
@@ -36,12 +38,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     vocabulary.add_argument(
         "--tokenizer", metavar="PATH", help="use this tokenizer.json, or that of a data set, checkpoint or run"
     )
+    growth = parser.add_mutually_exclusive_group()
+    growth.add_argument("--grow", metavar="N", help="learn N more tokens beside those of --tokenizer, on this text")
+    growth.add_argument("--add-tokens", metavar="FILE", help="add the tokens of a file, one a line, to --tokenizer")
     parser.add_argument(
         "--val-fraction", type=float, metavar="F", help="part of the bytes held out for validation; 0.1 by default"
     )
+    parser.add_argument("--duplicates", choices=["keep", "drop"], help="documents with the text of an earlier one")
     parser.add_argument("--on-bad-record", choices=["error", "skip"], help="what to do with text that cannot be read")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; all cores by default")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set made from other text or settings")
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--scan", action="store_true", help="only the pass over the whole text, before --part and --merge")
+    step.add_argument("--part", metavar="I/N", help="only every N-th chunk of a scanned text, from the I-th on")
+    step.add_argument("--merge", action="store_true", help="make the data set of a scanned text whose parts are done")
     parser.add_argument(
         "--keys", action="store_true", help="print the settings of a recipe with type, default and meaning"
     )
@@ -67,7 +77,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             "name what to read: python data/prepare.py INPUT... --out data/NAME, or a recipe: data/quickstart.yaml"
         )
-    named = ("vocab_size", "tokenizer", "val_fraction", "on_bad_record", "workers")
+    named = ("vocab_size", "tokenizer", "grow", "add_tokens", "val_fraction", "duplicates", "on_bad_record", "workers")
     changes = [f"{name}={json.dumps(text)}" for name in named if (text := getattr(args, name)) is not None]
     if args.input[0].endswith((".yaml", ".yml")):
         recipe = Path(args.input[0])
@@ -76,11 +86,26 @@ def main(argv: list[str]) -> None:
     elif args.out is None:
         raise ValueError(f"name the data set to make: python data/prepare.py {' '.join(args.input)} --out data/NAME")
     else:
-        options = {name: text for name in ("field", "separator") if (text := getattr(args, name)) is not None}
+        options = {name: text for name in ("field", "template", "separator") if (text := getattr(args, name)) is not None}
         inputs = [{**prepare.as_source(text), **options} for text in args.input]
         settings = config.load(prepare.PrepareConfig, None, [f"input={json.dumps(inputs)}", *changes])
         out = args.out
-    prepare.prepare(settings, out, console=console, overwrite=args.overwrite)
+    if args.part is not None:
+        part, n_parts = fraction(args.part)
+        prepare.make_part(settings, out, part, n_parts, console=console)
+    elif args.merge:
+        prepare.merge(settings, out, console=console)
+    else:
+        make = prepare.scan_only if args.scan else prepare.prepare
+        make(settings, out, console=console, overwrite=args.overwrite)
+
+
+def fraction(text: str) -> tuple[int, int]:
+    """I and N of "I/N"."""
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal()):
+        raise ValueError(f"--part {text}: expected I/N, for example 2/4")
+    return int(i), int(n)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Report:
     scripts: list[tuple[str, int, int]]
     sources: list[tuple[str, int, int, int]]  # name, documents, bytes, tokens
     example: list[str]
+    notes: list[str]  # of documents that are not there, or twice
     skipped: list[str]
 
 
@@ -46,7 +47,7 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def census(out: Path, skipped: list[str]) -> Report:
+def census(out: Path, *, notes: Sequence[str] = (), skipped: Sequence[str] = ()) -> Report:
     """Read the data set back, which also checks every block of it."""
     tokenizer = Tokenizer.load(out)
     sets = {split: TokenSet(out, split) for split in SPLITS}
@@ -76,7 +77,8 @@ def census(out: Path, skipped: list[str]) -> Report:
         scripts=[(script, script_tokens[script], n) for script, n in scripts.most_common()],
         sources=_by_source(list(sets.values())),
         example=[tokenizer.piece(token) for token in first if token not in tokenizer.control_ids],
-        skipped=skipped,
+        notes=list(notes),
+        skipped=list(skipped),
     )
 
 
@@ -132,6 +134,8 @@ def show(report: Report, console: Console) -> None:
             console,
             f"unknown: {report.unknown_tokens:,} tokens, {report.unknown_bytes:,} bytes of the text ({share:.2%})",
         )
+    for note in report.notes:
+        say(console, note)
     if report.skipped:
         say(console, f"{len(report.skipped)} bad records were skipped:")
         for line in report.skipped[:SHOWN_RECORDS]:

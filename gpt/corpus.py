@@ -1,74 +1,124 @@
-"""Where text comes from: files, directories, globs, standard input, URLs, the standard library; as a stream of documents.
+"""Where text comes from: files, directories, globs, standard input, URLs, the hub, the standard library; as documents.
 
-It finds and reads; it knows nothing of tokens, splits or shards. A document can be read again from its byte range.
+It finds, reads and picks the text out of records; it knows nothing of tokens or splits. A document can be read again
+from its place.
 """
 
+import codecs
 import fnmatch
 import glob
-import gzip
 import hashlib
-import http.client
+import io
 import json
 import os
+import re
+import string
 import sys
 import sysconfig
-import urllib.error
+import unicodedata
 import urllib.parse
-import urllib.request
-import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, NamedTuple, Self
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from gpt import durable, signals
+from gpt import durable, fetch, formats, hub, signals
 from gpt.config import Settings
+from gpt.formats import BadRecord, Form
 
-BLOCK = 1 << 20
-JSON_LINES = (".jsonl", ".ndjson")
-UNSUPPORTED = {
-    **dict.fromkeys((".parquet", ".arrow", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z"), "is not read here"),
-    **dict.fromkeys((".pdf", ".doc", ".docx", ".epub"), "is not plain text; extract its text first"),
-    **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".safetensors"), "is binary, not text"),
-}
 SKIPPING = "--on-bad-record skip leaves such text out"
-USER_AGENT = "gpt-trainer"
-TIMEOUT_S = 30
-
-
-class BadRecord(ValueError):
-    """A document that cannot be read as text; the message says where and why. A policy may skip it."""
+DEFAULT_FIELD = "text"
+PLACES = ("path", "url", "python", "hub")
+Bad = Callable[[BadRecord], None]
+Records = Iterator[tuple[int, int, Any]]  # (start, end, value)
+Take = Callable[[Any], str | None]  # the text of a value; None of a blank line; raises BadRecord or UnicodeError
 
 
 class Source(Settings):
-    """One input of a recipe: exactly one of `path`, `url` and `python` says where the text is."""
+    """One input of a recipe: exactly one of `path`, `url`, `hub` and `python` says where the text is."""
 
     path: str | None = Field(None, description="a file, a directory, a glob, or '-' for standard input")
     url: str | None = Field(None, description="an http(s) address of one file")
-    sha256: str | None = Field(None, description="hash that the file behind `url` must have, in hexadecimal")
+    hub: str | None = Field(
+        None, description="a data set of the Hugging Face hub: ORG/NAME, or ORG/NAME@REVISION for a fixed version"
+    )
     python: Literal["stdlib"] | None = Field(
         None, description="the .py files of the running interpreter's standard library"
     )
+    sha256: str | None = Field(None, description="hash that the file behind `url` must have, in hexadecimal")
     name: str | None = Field(None, description="the source's name in reports; by default its file's or directory's")
-    field: str | None = Field(None, description="the field that holds the text of a JSON line; 'text' in a .jsonl file")
+    field: str | None = Field(
+        None,
+        description="the field or column that holds the text, dots lead inside: a.b; a list of texts is joined by line "
+        "feeds; 'text' where there are fields",
+    )
+    template: str | None = Field(
+        None, description="text made of several fields: '{title}\\n{author}\\n{paragraphs}'; {{ and }} are braces"
+    )
+    ids: str | None = Field(
+        None, description="the field that holds a list of token ids; its text is the numbers (for kind: ids)"
+    )
     separator: str | None = Field(
         None, description="what stands between documents in a text file; null: a file is a document"
     )
+    begins: str | None = Field(
+        None,
+        description="a regular expression: records are put together, and one whose beginning it matches is the first of the "
+        "next document",
+    )
     exclude: tuple[str, ...] = Field(
-        (), strict=False, description="globs over names and relative paths that are left out of a directory"
+        (), strict=False, description="globs over names and relative paths that are left out of a directory or tar"
+    )
+    min_chars: int = Field(1, ge=0, description="shorter documents are left out and counted")
+    max_chars: int | None = Field(None, ge=1, description="longer documents are left out and counted")
+    normalize: Literal["nfc"] | None = Field(
+        None, description="nfc: one code point for one accented letter, however it was written (Unicode NFC)"
+    )
+    config: str | None = Field(None, description="hub: which configuration of the data set")
+    split: str = Field("train", description="hub: which split of the data set")
+    data_files: str | None = Field(
+        None, description="hub: glob over the repository's files, instead of config and split"
+    )
+    streaming: bool = Field(
+        False, description="hub: read over the network and keep only the fields that are needed, not the files"
     )
     obtain: str | None = Field(None, description="what to tell someone who does not have the file")
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if sum(place is not None for place in (self.path, self.url, self.python)) != 1:
-            raise ValueError("an input has exactly one of path, url and python")
-        if self.field is not None and self.separator is not None:
-            raise ValueError("an input has a field (JSON lines) or a separator (text), not both")
+        if sum(getattr(self, place) is not None for place in PLACES) != 1:
+            raise ValueError("an input has exactly one of path, url, hub and python")
+        fields = [name for name in ("field", "template", "ids") if getattr(self, name) is not None]
+        if len(fields) > 1:
+            raise ValueError(f"an input has one of {' and '.join(fields)}, not both")
+        if fields and self.separator is not None:
+            raise ValueError(f"an input has {fields[0]} (records) or a separator (text), not both")
         if self.separator == "":
             raise ValueError("separator must not be empty")
+        if self.template is not None:
+            _keys(self.template)
+        if self.begins is not None:
+            try:
+                re.compile(self.begins)
+            except re.error as error:
+                raise ValueError(f"begins: {self.begins!r} is no regular expression ({error})") from None
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}: no document is left")
+        if self.sha256 is not None and self.url is None:
+            raise ValueError("sha256 is the hash of the file behind url, and this input has none")
+        return self._of_the_hub()
+
+    def _of_the_hub(self) -> Self:
+        if self.hub is not None:
+            hub.parse(self.hub)
+            if self.data_files is not None and (self.config is not None or self.split != "train"):
+                raise ValueError("data_files stands instead of config and split; leave one of them out")
+        elif self.config is not None or self.data_files is not None or self.streaming or self.split != "train":
+            raise ValueError("config, split, data_files and streaming belong to hub inputs")
         return self
 
     @property
@@ -76,87 +126,137 @@ class Source(Settings):
         """The source's name."""
         if self.name is not None or self.python is not None:
             return self.name or "python"
+        if self.hub is not None:
+            return hub.parse(self.hub)[0].rpartition("/")[2]
         place = PurePosixPath(urllib.parse.urlsplit(self.url).path if self.url else self.path or "")
         plain = [part for part in place.parts if not glob.has_magic(part) and part != "/"]
         last = plain[-1] if plain else "input"
-        return "stdin" if last == "-" else last.removesuffix(".gz").rpartition(".")[0] or last
+        return "stdin" if last == "-" else formats.stem_of(last)
 
 
 @dataclass(frozen=True)
 class File:
-    """A file to read: `label` is how errors name it; `explicit` files must not be empty."""
+    """A file to read, and how: `label` is how errors name it; `explicit` files must not be empty."""
 
     path: Path
     label: str
-    field: str | None  # of JSON lines; None: plain text
-    separator: str | None
+    form: Form
     explicit: bool
+    source: Source
+
+    @property
+    def direct(self) -> bool:
+        """Whether documents are found again by their bytes; if not, start and end are ordinals and cost a pass."""
+        return self.form.packing == "" and self.form.kind in ("text", "jsonl")
 
     @property
     def size(self) -> int:
-        """Bytes on disk, which for .gz is less than the text."""
+        """Bytes on disk, which for what is compressed is less than the text."""
         return self.path.stat().st_size
 
 
 class Document(NamedTuple):
-    """A document's text, its UTF-8 bytes, and the bytes start .. end - 1 of the (decompressed) file that hold it."""
+    """A document's text and where it stands: bytes start .. end - 1 of a direct file, else records start .. end - 1."""
 
     text: str
-    utf8: bytes
+    digest: bytes  # sha256 of the text's UTF-8
+    n_bytes: int  # of the text's UTF-8, before any normalization
     start: int
     end: int
 
 
+# Finding
+
+
 def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], None]) -> list[File]:
-    """The files of a source in order. A URL is fetched into `downloads`, standard input is copied to the file `spool`.
+    """The files of a source in order. What comes from a URL or the hub is kept in `downloads` (or the hub's own cache);
+    standard input and streamed data sets are copied into the directory `spool`.
 
     Raises FileNotFoundError or ValueError in words.
     """
 
-    def file(path: Path, label: str, *, explicit: bool) -> File:
-        stem, suffix = path.name.removesuffix(".gz"), PurePosixPath(path.name.removesuffix(".gz")).suffix.lower()
-        if explicit and suffix in UNSUPPORTED:
-            raise ValueError(
-                f"{label}: {suffix} {UNSUPPORTED[suffix]}; give .txt, .md or other text, .jsonl, or .gz of them"
-            )
-        is_json = stem.lower().endswith(JSON_LINES) and source.separator is None
-        return File(path, label, source.field or ("text" if is_json else None), source.separator, explicit)
+    def file(path: Path, label: str, *, explicit: bool, name: str | None = None) -> File:
+        name = name or path.name
+        suffix = PurePosixPath(name).suffix.lower()
+        if explicit and suffix in formats.REFUSED and source.separator is None and source.field is None:
+            raise ValueError(f"{label}: {suffix} {formats.REFUSED[suffix]}")
+        return File(path, label, _form(source, label, name), explicit, source)
 
     if source.url is not None:
-        return [file(fetch(source.url, source.sha256, downloads, say), source.url, explicit=True)]
+        return [file(fetch.fetch(source.url, source.sha256, downloads, say), source.url, explicit=True)]
+    if source.hub is not None:
+        chosen = hub.choose(source.hub, source.config, source.split, source.data_files)
+        found = hub.stream(chosen, _columns(source), spool, say) if source.streaming else hub.download(chosen, say)
+        return [file(path, label, explicit=False) for path, label in found]
     if source.python is not None:
         return [file(path, str(path), explicit=False) for path in _standard_library(source.exclude)]
     place = source.path or ""
     if place == "-":
-        with spool.open("wb") as copy:
-            while block := sys.stdin.buffer.read(BLOCK):
-                signals.check()
-                copy.write(block)
-        return [file(spool, "standard input", explicit=True)]
+        return [file(_copied(sys.stdin.buffer, spool / "stdin"), "standard input", explicit=True)]
     path = Path(place)
     if path.is_dir():
-        found = _walk(path, source.exclude)
-        if not found:
+        left = _walk(path, source.exclude)
+        if not left:
             raise FileNotFoundError(
                 f"{place}: no file in this directory{' is left by exclude' if source.exclude else ''}"
             )
-        return [file(each, str(each), explicit=False) for each in found]
-    if path.exists():
+        return [file(each, str(each), explicit=False) for each in left]
+    if path.is_file():
         return [file(path, place, explicit=True)]
-    if found := sorted(Path(each) for each in glob.glob(place, recursive=True) if Path(each).is_file()):  # noqa: PTH207
-        return [file(each, str(each), explicit=False) for each in found]
+    if path.exists():  # a pipe, as of <(command)
+        name = f"pipe-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+        with path.open("rb") as pipe:
+            return [file(_copied(pipe, spool / name), place, explicit=True)]
+    if matching := sorted(Path(p) for p in glob.glob(place, recursive=True) if Path(p).is_file()):  # noqa: PTH207
+        return [file(each, str(each), explicit=False) for each in matching]
     what = "nothing matches" if glob.has_magic(place) else "no such file or directory"
     raise FileNotFoundError(f"{place}: {what}" + (f"; {source.obtain}" if source.obtain else ""))
+
+
+def _form(source: Source, label: str, name: str) -> Form:
+    """What a file is read as: its suffixes say, but a field makes text JSON lines, and a separator makes JSON text."""
+    form = formats.form_of(name)
+    if source.separator is not None and form.kind not in ("text", "tar"):
+        if form.kind not in ("jsonl", "json"):
+            raise ValueError(f"{label}: a separator parts text, and this is {form.kind}; name a field")
+        return form._replace(kind="text")
+    if form.kind == "text" and _has_fields(source):
+        return form._replace(kind="jsonl")
+    if form.kind == "text" and source.begins is not None and source.separator is None:
+        raise ValueError(f"{label}: begins puts records together, and this text has none; part it with a separator")
+    if form.kind == "parquet" and form.packing:
+        raise ValueError(f"{label}: a compressed .parquet is not read here; decompress it (it is compressed inside)")
+    return form
+
+
+def _has_fields(source: Source) -> bool:
+    return source.field is not None or source.template is not None or source.ids is not None
+
+
+def _copied(stream: BinaryIO, path: Path) -> Path:
+    """A stream that can be read once, as a file."""
+    durable.make_directory(path.parent)
+
+    def blocks() -> Iterator[bytes]:
+        while block := stream.read(formats.BLOCK):
+            signals.check()
+            yield block
+
+    durable.write_file(path, blocks())
+    return path
+
+
+def _excluded(name: str, relative: str, exclude: tuple[str, ...]) -> bool:
+    return name.startswith(".") or any(
+        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(relative, pattern) for pattern in exclude
+    )
 
 
 def _walk(root: Path, exclude: tuple[str, ...]) -> list[Path]:
     """Files under `root` sorted by relative path; hidden ones and links to directories are left out."""
 
     def kept(path: Path) -> bool:
-        relative = path.relative_to(root).as_posix()
-        return not path.name.startswith(".") and not any(
-            fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(relative, pattern) for pattern in exclude
-        )
+        return not _excluded(path.name, path.relative_to(root).as_posix(), exclude)
 
     found = []
     for directory, names, leaves in os.walk(root):
@@ -175,146 +275,338 @@ def _standard_library(exclude: tuple[str, ...]) -> list[Path]:
     return found
 
 
+# Reading
+
+
 def documents(
-    file: File, start: int = 0, end: int | None = None, skip: Callable[[BadRecord], None] | None = None
+    file: File,
+    start: int = 0,
+    end: int | None = None,
+    skip: Bad | None = None,
+    tally: Counter[str] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a file, or of its bytes start .. end - 1, which begin and end at documents; empty ones are left out.
+    """The documents of a file in order, or those at start .. end - 1, which begin and end at documents.
 
-    What cannot be read as text raises BadRecord, or is handed to `skip` and left out. Other errors are ValueErrors.
+    Empty documents, and those outside min_chars .. max_chars, are left out and counted in `tally` as "empty", "too short"
+    and "too long". What cannot be read as text raises BadRecord, or is handed to `skip` and left out. Other errors are
+    ValueErrors and OSErrors in words.
     """
+
+    def bad(error: BadRecord) -> None:
+        if skip is None:
+            raise BadRecord(f"{error}; {SKIPPING}") from None
+        skip(error)
+
+    counts: Counter[str] = Counter() if tally is None else tally
     try:
-        with file.path.open("rb") as raw:
-            if _is_binary(file, raw, skip):
-                return
-            stream: BinaryIO = gzip.GzipFile(fileobj=raw) if file.path.suffix == ".gz" else raw  # type: ignore[assignment]
-            read = _json_text if file.field is not None else _plain_text
-            for number, (at, after, data) in enumerate(_records(stream, file, start, end), 1):
-                try:
-                    text, utf8 = read(file, data, number, at)
-                except BadRecord as error:
-                    if skip is None:
-                        raise BadRecord(f"{error}; {SKIPPING}") from None
-                    skip(error)
-                    continue
-                if text:
-                    yield Document(text, utf8, at, after)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file.label}: not a whole gzip file ({error})") from None
-
-
-def _is_binary(file: File, raw: BinaryIO, skip: Callable[[BadRecord], None] | None) -> bool:
-    """Whether a file is binary and skipped; refuses one without `skip`, and any such or empty file that was named itself."""
-    stream = gzip.GzipFile(fileobj=raw) if file.path.suffix == ".gz" else raw
-    head = stream.read(1 << 13)
-    raw.seek(0)
-    if not head and file.explicit:
-        raise ValueError(f"{file.label}: the file is empty")
-    if b"\0" not in head:
-        return False
-    error = BadRecord(f"{file.label}: a binary file, or UTF-16 (it has NUL bytes); expected text in UTF-8")
-    if file.explicit:
-        raise error
-    if skip is None:
-        raise BadRecord(f"{error}; {SKIPPING}")
-    skip(error)
-    return True
-
-
-def _records(stream: BinaryIO, file: File, start: int, end: int | None) -> Iterator[tuple[int, int, bytes]]:
-    """(start, end, content) of each record: the whole file, or what its line feeds or separators part."""
-    stream.seek(start)
-    delimiter = b"\n" if file.field is not None else (file.separator or "").encode()
-    if not delimiter:
-        data = stream.read()
-        yield start, start + len(data), data
-        return
-    position, rest = start, b""
-    while block := stream.read(max(BLOCK, len(rest))):  # grows with the record, so that a long one costs linear time
-        *whole, rest = (rest + block).split(delimiter)
-        for data in whole:
-            if end is not None and position >= end:
-                return
-            yield position, position + len(data) + len(delimiter), data
-            position += len(data) + len(delimiter)
-    if rest and (end is None or position < end):
-        yield position, position + len(rest), rest
-
-
-def _plain_text(file: File, data: bytes, number: int, at: int) -> tuple[str, bytes]:
-    try:
-        return data.decode("utf-8"), data
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"{file.label}: not UTF-8 at byte {at + error.start} (0x{data[error.start]:02x})") from None
-
-
-def _json_text(file: File, data: bytes, number: int, at: int) -> tuple[str, bytes]:
-    """The text field of a JSON line, and its UTF-8; a blank line is an empty document."""
-    where, field = f"{file.label}:{number}", file.field
-    try:
-        line = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecord(
-            f"{where}: not UTF-8 at byte {at + error.start} of the file (0x{data[error.start]:02x})"
+        raw: Any = io.BufferedReader(file.path.open("rb", buffering=0), formats.BLOCK)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{file.label}: it was there and is gone; put it back and run the same command"
         ) from None
-    if not line.strip():
-        return "", b""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: broken JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise BadRecord(f"{where}: expected a JSON object with a field '{field}', got {type(record).__name__}")
-    if field not in record:
-        raise BadRecord(
-            f"{where}: no field '{field}'; it has {', '.join(map(repr, record)) or 'none'}; name one with field"
+    with raw, formats.faults(file.label, file.form):
+        if file.direct:
+            raw.seek(start)
+            begin = start or _begin(raw, file.label, bad, explicit=file.explicit)
+            if begin is not None:
+                yield from _read(raw, file.source, file.form.kind, file.label, bad, counts, begin, end)
+            return
+        found = enumerate(_indirect(file, raw, bad, counts))
+        for i, document in found if start == 0 and end is None else islice(found, start, end):
+            yield document._replace(start=i, end=i + 1)
+
+
+def _indirect(file: File, raw: io.BufferedReader, bad: Bad, counts: Counter[str]) -> Iterator[Document]:
+    """The documents of a file that is compressed, or made of other records than lines of bytes."""
+    source, kind = file.source, file.form.kind
+    if file.explicit and file.size == 0:
+        raise ValueError(f"{file.label}: the file is empty")
+    if kind == "parquet":
+        yield from _read(raw, source, kind, file.label, bad, counts, 0)
+        return
+    stream = formats.unpacked(raw, file.form.packing)
+    if kind != "tar":
+        begin = _begin(stream, file.label, bad, explicit=file.explicit)
+        if begin is not None:
+            yield from _read(stream, source, kind, file.label, bad, counts, begin)
+        return
+    for name, content in formats.members(stream):
+        label, form = f"{file.label}/{name}", _form(source, f"{file.label}/{name}", name)
+        if any(_excluded(part, name, source.exclude) for part in PurePosixPath(name).parts):
+            continue
+        if form.kind in ("tar", "parquet"):
+            bad(BadRecord(f"{label}: a {form.kind} inside a tar is not read"))
+            continue
+        with formats.faults(label, form):
+            inner = formats.unpacked(content, form.packing) if form.packing else content
+            begin = _begin(inner, label, bad, explicit=False)
+            if begin is not None:
+                yield from _read(inner, source, form.kind, label, bad, counts, begin)
+
+
+def _begin(stream: io.BufferedReader, label: str, bad: Bad, *, explicit: bool) -> int | None:
+    """The byte that text begins at in a stream, which is read up to there: 0, or behind a BOM. None for what is binary,
+    which is told to `bad`.
+
+    Raises ValueError for a file that was named itself and is empty or binary.
+    """
+    head = stream.peek(formats.HEAD_BYTES)[: formats.HEAD_BYTES]
+    if not head and explicit:
+        raise ValueError(f"{label}: the file is empty")
+    if b"\0" in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        error = BadRecord(
+            f"{label}: a binary file, or UTF-16 (it has NUL bytes or its mark); expected text in UTF-8, which "
+            "iconv -f UTF-16 -t UTF-8 makes of UTF-16"
         )
-    text = record[field]
-    if not isinstance(text, str):
-        raise BadRecord(f"{where}: field '{field}' is {type(text).__name__}, expected text")
+        if explicit:
+            raise error
+        bad(error)
+        return None
+    return len(stream.read(len(formats.BOM))) if head.startswith(formats.BOM) else 0
+
+
+def _read(
+    stream: io.BufferedReader,
+    source: Source,
+    kind: formats.Kind,
+    label: str,
+    bad: Bad,
+    counts: Counter[str],
+    start: int,
+    end: int | None = None,
+) -> Iterator[Document]:
+    """The documents among the records of a stream, which stands at byte `start`; the hot loop of reading."""
+    records, take = _records(stream, source, kind, start, end), _taker(source, kind)
+    shortest, longest, nfc = source.min_chars, source.max_chars, source.normalize == "nfc"
+    whole, sha256, number = end is None and source.begins is None, hashlib.sha256, 0
+    if source.begins is not None:
+        records, take = _joined(records, take, re.compile(source.begins).match)
+    for at, after, value in records:
+        number += 1
+        if value == b"":  # an empty line is no record, an empty part of a text is an empty document
+            counts["empty"] += kind == "text"
+            continue
+        try:
+            text = take(value)
+            if text is None:
+                continue
+            utf8 = text.encode()
+        except (BadRecord, UnicodeError) as error:
+            where = label if isinstance(error, _Ended) else _where(kind, label, number if whole else None, at)
+            bad(BadRecord(f"{where}: {_explained(error, kind, at)}"))
+            continue
+        n_bytes = len(utf8)
+        if nfc and n_bytes != len(text):
+            text = unicodedata.normalize("NFC", text)
+            utf8 = text.encode()
+        n_chars = len(text)
+        if n_chars < shortest or not n_chars:
+            counts["too short" if n_chars else "empty"] += 1
+        elif longest is not None and n_chars > longest:
+            counts["too long"] += 1
+        else:
+            yield Document(text, sha256(utf8).digest(), n_bytes, at, after)
+
+
+def _records(stream: io.BufferedReader, source: Source, kind: formats.Kind, start: int, end: int | None) -> Records:
+    if kind == "jsonl":
+        return formats.spans(stream, b"\n", start, end)
+    if kind == "text":
+        separator = (source.separator or "").encode()
+        return formats.spans(stream, separator, start, end) if separator else formats.pieces(stream, start, end)
+    columns = _columns(source)
+    if kind == "parquet":
+        return _guarded(formats.parquet_rows(stream, columns))
+    if kind == "json":
+        return _guarded(formats.array_values(stream))
+    return _guarded(formats.table_rows(stream, formats.DELIMITERS[kind], columns))
+
+
+def _joined(records: Records, take: Take, begins: Callable[[str], object]) -> tuple[Records, Take]:
+    """Records put together, and what takes their text: each document begins at a record whose text `begins` matches."""
+
+    def join() -> Records:
+        parts: list[str] = []
+        first, last, n_chars = 0, 0, 0
+        for at, after, value in records:
+            try:
+                text = take(value)
+            except (BadRecord, UnicodeError):
+                yield at, after, value  # take_joined raises it again
+                continue
+            if text is None:
+                continue
+            if parts and begins(text):
+                yield first, last, "".join(parts)
+                parts, n_chars = [], 0
+            elif n_chars > formats.RECORD_BYTES:
+                raise BadRecord(f"no record begins a document in {n_chars} characters; change begins")
+            first = first if parts else at
+            parts.append(text)
+            n_chars, last = n_chars + len(text), after
+        if parts:
+            yield first, last, "".join(parts)
+
+    def take_joined(value: Any) -> str | None:
+        return value if isinstance(value, str) else take(value)
+
+    return _guarded(join()), take_joined
+
+
+class _Ended(BadRecord):
+    """What is bad is all that is left of a stream, for behind it the records cannot be told apart."""
+
+
+def _guarded(records: Records) -> Records:
+    """The records, and as the last one what ended them."""
     try:
-        return text, text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRecord(f"{where}: field '{field}' has half of a surrogate pair, which is no character") from None
+        yield from records
+    except BadRecord as error:
+        yield 0, 0, _Ended(error)
 
 
-def fetch(url: str, sha256: str | None, directory: Path, say: Callable[[str], None]) -> Path:
-    """The file behind `url` in `directory`: reused if it has the hash (or none is stated), else fetched whole or not at all."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url}: not an http(s) address")
-    name = PurePosixPath(urllib.parse.unquote(parts.path)).name or "index"
-    path = directory / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
-    if path.is_file() and sha256 in (None, durable.sha256_file(path)):
-        return path
-    say(f"fetching {url}")
-    directory.mkdir(parents=True, exist_ok=True)
+def _where(kind: formats.Kind, label: str, number: int | None, at: int) -> str:
+    """The place of a record as people look for it."""
+    if kind == "text":
+        return label
+    if kind == "jsonl":
+        return f"{label}:{number}" if number is not None else f"{label}: byte {at}"
+    if kind in ("csv", "tsv"):
+        return f"{label}:{at}"
+    return f"{label}: {'row' if kind == 'parquet' else 'element'} {at + 1}"
+
+
+def _explained(error: Exception, kind: formats.Kind, at: int) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        place = f"{at + error.start}{'' if kind == 'text' else ' of the file'}"
+        return f"not UTF-8 at byte {place} (0x{error.object[error.start]:02x})"
+    if isinstance(error, UnicodeEncodeError):
+        code = ord(error.object[error.start])
+        if 0xDC80 <= code <= 0xDCFF and kind in formats.DELIMITERS:  # how table_rows hands on what it cannot decode
+            return f"not UTF-8 (0x{code - 0xDC00:02x})"
+        return "its text has half of a surrogate pair, which is no character"
+    return str(error)
+
+
+# Picking the text out of a record
+
+
+def _taker(source: Source, kind: formats.Kind) -> Take:
+    """What makes a record's text of it; None of a blank line. It raises BadRecord or UnicodeError."""
+    pick = _picker(source)
+
+    def plain(value: bytes | BadRecord) -> str:
+        if isinstance(value, BadRecord):
+            raise value
+        if b"\0" in value:
+            raise BadRecord("a NUL byte: a binary file, or UTF-16; expected text in UTF-8")
+        return value.decode()
+
+    def line(value: bytes | BadRecord) -> str | None:
+        if isinstance(value, BadRecord):
+            raise value
+        text = value.decode()
+        try:
+            record = decode(text)
+        except (ValueError, RecursionError) as error:
+            if text.isspace():
+                return None
+            raise BadRecord(f"broken JSON ({error})") from None
+        return pick(record)
+
+    def record(value: Any) -> str:
+        if isinstance(value, BadRecord):
+            raise value
+        if bare and isinstance(value, str):
+            return value
+        return pick(value)
+
+    decode, bare = json.JSONDecoder().decode, kind == "json" and not _has_fields(source)
+    return plain if kind == "text" else line if kind == "jsonl" else record
+
+
+def _picker(source: Source) -> Callable[[Any], str]:
+    """What makes a text of an object with fields. It raises BadRecord."""
+    if source.template is not None:
+        parts = _keys(source.template)
+        return lambda record: "".join(
+            literal + ("" if key is None else _as_text(_value(record, key), key, numbers=True))
+            for literal, key in parts
+        )
+    if source.ids is not None:
+        ids = source.ids
+        return lambda record: _as_ids(_value(record, ids), ids)
+    field = source.field or DEFAULT_FIELD
+
+    def pick(record: Any) -> str:
+        if type(record) is dict:
+            text = record.get(field)
+            if type(text) is str:
+                return text
+        return _as_text(_value(record, field), field, numbers=False)
+
+    return pick
+
+
+def _value(record: Any, field: str) -> Any:
+    """The value of a field: of that name, or by the dots in it."""
+    if not isinstance(record, Mapping):
+        raise BadRecord(f"expected a JSON object with a field '{field}', got {_type(record)}")
+    if field in record:
+        return record[field]
+    value: Any = record
+    for name in field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise formats.no_field(field, record)
+        value = value[name]
+    return value
+
+
+def _as_text(value: Any, field: str, *, numbers: bool) -> str:
+    """A text; a list of texts joined by line feeds; nothing is the empty text."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "\n".join(_as_text(each, field, numbers=numbers) for each in value)
+    if numbers and isinstance(value, (int, float)):
+        return json.dumps(value)
+    raise BadRecord(f"field '{field}' is {_type(value)}, expected text or a list of texts")
+
+
+def _as_ids(value: Any, field: str) -> str:
+    if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
+        wrong = next((e for e in value if type(e) is not int or e < 0), None) if isinstance(value, list) else value
+        raise BadRecord(f"field '{field}' holds {_shown(wrong)}, expected a list of ids, which are integers from 0 on")
+    return " ".join(map(str, value))
+
+
+def _type(value: object) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _keys(template: str) -> list[tuple[str, str | None]]:
+    """(literal text, field behind it) of each part of a template; ValueError for more than plain fields in braces."""
     try:
-        digest = durable.write_file(path, _download(url, parts.hostname, sha256))
-    except urllib.error.HTTPError as error:
-        with error:
-            raise ValueError(f"{url}: the server answered {error.code} {error.reason}") from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error or type(error).__name__
-        raise ValueError(f"{url}: could not be fetched ({reason}); fetch it yourself and give input=PATH") from None
-    if sha256 is None:
-        say(f"its sha256 is {digest}")
-    return path
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; write {{{{ and }}}} for braces") from None
+    for _, key, spec, conversion in parts:
+        if key is not None and (spec or conversion or not re.fullmatch(r"[^\s\[\]!:{}]+", key)):
+            raise ValueError(f"template {template!r}: expected the name of a field in braces, as in {{title}}")
+    if all(key is None for _, key, _, _ in parts):
+        raise ValueError(f"template {template!r} names no field, as {{title}} does: every document would be the same")
+    return [(literal, key) for literal, key, _, _ in parts]
 
 
-def _download(url: str, host: str, sha256: str | None) -> Iterator[bytes]:
-    """The body in blocks; ValueError at its end if it is not whole or has another hash."""
-    local = host in ("localhost", "127.0.0.1", "::1")
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
-    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
-    digest, n_bytes = hashlib.sha256(), 0
-    with opener.open(request, timeout=TIMEOUT_S) as response:
-        while block := response.read(BLOCK):
-            signals.check()
-            digest.update(block)
-            n_bytes += len(block)
-            yield block
-        expected = response.headers.get("Content-Length")
-    if expected is not None and int(expected) != n_bytes:
-        raise ValueError(f"{url}: the connection ended after {n_bytes} of {expected} bytes; run the same command again")
-    if sha256 is not None and digest.hexdigest() != sha256.lower():
-        raise ValueError(f"{url}: its sha256 is {digest.hexdigest()}, expected {sha256}; nothing was kept")
+def _columns(source: Source) -> frozenset[str]:
+    """The fields that a source's text is made of."""
+    if source.template is not None:
+        return frozenset(key for _, key in _keys(source.template) if key is not None)
+    return frozenset({source.ids or source.field or DEFAULT_FIELD})

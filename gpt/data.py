@@ -1,122 +1,470 @@
-"""The order of data: batch(step), a pure function of (data set, seq_len, batch size, seed, step) and of nothing else.
+"""The order of data: batch(step), a pure function of (data sets, data settings, batch size, seed, step) and of nothing else.
 
 A split is a circle of tokens, documents one after another, each opened by its start token. Windows of seq_len + 1
-tokens overlapping by one cut it into rows, so that every token is a target exactly once an epoch; each epoch shifts the
-cuts and permutes the rows anew. Nothing is kept between calls: the loader's state is the step.
+tokens overlapping by one cut it into rows, or documents are packed into rows whole; either way every token is a target
+exactly once an epoch, and each epoch permutes the rows anew. A mixture deals rows to its parts in exact shares, and each
+part has epochs of its own. Nothing is kept between calls: the loader's state is the step.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import hashlib
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from gpt import bins, packing
 from gpt.config import Count, Settings
+from gpt.packing import permute
 from gpt.runtime import key
-from gpt.shards import TokenSet
+from gpt.shards import Tokens, TokenSet
+from gpt.tokenizer import Tokenizer
+from gpt.views import View, by_source
 
 IGNORED = -100  # torch's own value for a target without loss
+CYCLE = 1 << 16  # rows in which a mixture's shares are exact
+AHEAD_ROWS, AHEAD_TOKENS = (
+    1 << 13,
+    1 << 17,
+)  # whose places are computed, and which are read, at once; then they fit a cache
+WAITING = 4  # portions that stand ready for training
 
 
 class DataConfig(Settings):
     """What is trained on."""
 
-    path: str = Field(description="a prepared data set, for example data/quickstart")
+    path: str | None = Field(None, description="a prepared data set, or .bin files, for example data/quickstart")
+    mixture: dict[str, float] | None = Field(
+        None,
+        description="instead of path: data sets and their shares of the tokens, for example {data/a: 0.7, data/b: 0.3}",
+    )
+    sources: dict[str, float] | None = Field(
+        None, description="sources of the data set and their shares of the tokens; null: every document equally often"
+    )
+    tokenizer: str | None = Field(None, description="the tokenizer of .bin files, which do not carry their own")
     seq_len: Count = Field(256, ge=1, description="context in tokens: what one row of a batch holds")
+    packing: Literal["stream", "documents"] = Field(
+        "stream",
+        description="stream: rows are cut anywhere; documents: rows are made of documents, whole where they fit",
+    )
+    document_mask: bool = Field(
+        False, description="attention stays inside a document and positions restart with each one"
+    )
+
+    @field_validator("mixture", "sources")
+    @classmethod
+    def _are_shares(cls, shares: dict[str, float] | None) -> dict[str, float] | None:
+        if shares is None:
+            return None
+        total = sum(shares.values())
+        if not shares or min(shares.values()) <= 0 or abs(total - 1) > 1e-3:
+            parts = ", ".join(f"{name}: {share}" for name, share in shares.items())
+            raise ValueError(f"expected shares above 0 that sum to 1, got {{{parts}}}, which sum to {total:.6g}")
+        return shares
+
+    @model_validator(mode="after")
+    def _is_one_place(self) -> "DataConfig":
+        if (self.path is None) == (self.mixture is None):
+            given = "neither" if self.path is None else "both"
+            raise ValueError(f"expected either path (one data set) or mixture (several with shares), got {given}")
+        if self.sources is not None and self.mixture is not None:
+            raise ValueError("sources are shares within one data set (path); a mixture is of whole data sets")
+        return self
 
 
 class Batch(NamedTuple):
-    """Rows of inputs and what follows each: (B, T) int64; targets are shifted, and IGNORED where nothing is learned."""
+    """Rows of inputs and what follows each: (B, T) int64; targets are shifted, and IGNORED where nothing is learned.
+
+    With document_mask also the number of each token's document within its row (padding has a number of its own) and
+    its position in it. `tokens` and `targets` may be views of one buffer; nobody writes to them.
+    """
 
     tokens: Tensor
     targets: Tensor
+    doc_ids: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def n_targets(self) -> int:
         return int((self.targets != IGNORED).sum())
 
 
-def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Where each index in [0, n) goes under a seeded permutation of [0, n): constant memory, any index alone.
-
-    A four-round Feistel network over the next even power of two; what falls outside walks on until it is inside
-    (Black and Rogaway 2002, cycle walking).
-    """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    keys = [np.uint64(key(seed, i, "permute")) for i in range(4)]
-
-    def once(x: np.ndarray) -> np.ndarray:
-        left, right = x >> np.uint64(half), x & low
-        for k in keys:
-            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & low)
-        return (left << np.uint64(half)) | right
-
-    out = once(np.asarray(index, dtype=np.uint64))
-    while (outside := out >= n).any():
-        out[outside] = once(out[outside])
-    return out.astype(np.int64)
+# What is opened
 
 
-def rows(tokens: TokenSet, starts: np.ndarray, stops: np.ndarray, seq_len: int, end: int) -> Batch:
-    """Rows that learn the targets after positions starts[i] .. stops[i] - 1 of the circle of the first `end` tokens.
+@dataclass(frozen=True)
+class Part:
+    """One component of a mixture: its share of the training tokens, and both splits of it."""
 
-    A row shorter than seq_len is filled with start tokens that are not trained on.
-    """
-    ids = np.full((len(starts), seq_len + 1), tokens.start_id, dtype=np.int64)
-    targets = np.full((len(starts), seq_len), IGNORED, dtype=np.int64)
-    for i, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-        # After the last token of the circle comes its first: a start token again, which stands there already.
-        inside = tokens.read(start, min(stop + 1, end) - start)
-        ids[i, : len(inside)] = inside
-        targets[i, : stop - start] = ids[i, 1 : stop - start + 1]
-        ids[i, stop - start :] = tokens.start_id
-        if tokens.has_spans:
-            targets[i, : stop - start][~_learned(tokens, start + 1, stop - start)] = IGNORED
-    return Batch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets))
+    name: str
+    train: Tokens
+    val: Tokens
+    weight: float = 1.0
+
+    @property
+    def n_tokens(self) -> int:
+        return self.train.n_tokens
 
 
-def _learned(tokens: TokenSet, start: int, count: int) -> np.ndarray:
-    """(count,) bool: which of the tokens start .. start + count - 1 lie in a `train` span."""
-    learned = np.zeros(count, dtype=bool)
-    for span in tokens.spans(start, count):
-        if span.kind == "train":
-            learned[max(0, span.start - start) : span.end - start] = True
-    return learned
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, opened and checked: one part, or the parts of a mixture."""
+
+    parts: list[Part]
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Training tokens of all parts."""
+        return sum(part.n_tokens for part in self.parts)
+
+
+def open_data(config: DataConfig) -> Data:
+    """Open both splits and the tokenizer; ValueError or CorruptError in words if they do not belong together."""
+    shares = {config.path: 1.0} if config.path is not None else config.mixture or {}
+    opened = [_open(Path(name), config.tokenizer) for name in shares]
+    tokenizer = opened[0][2]
+    for name, (_, _, other) in zip(shares, opened, strict=True):
+        if other.sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"{name} and {next(iter(shares))} were prepared with different tokenizers; prepare one again: "
+                f"--tokenizer {next(iter(shares))}"
+            )
+    parts = [
+        Part(name, train, val, share) for (name, share), (train, val, _) in zip(shares.items(), opened, strict=True)
+    ]
+    if config.sources is not None:
+        parts = _by_shares(parts[0], config.sources)
+    if (n := sum(part.val.n_tokens for part in parts)) < config.seq_len:
+        raise ValueError(
+            f"{', '.join(shares)}: the validation split has {n} tokens, fewer than data.seq_len ({config.seq_len}); "
+            f"prepare it with a larger val_fraction or lower data.seq_len"
+        )
+    seals = [train.fingerprint for train, _, _ in opened]
+    fingerprint = seals[0] if len(seals) == 1 else hashlib.sha256("\n".join(seals).encode()).hexdigest()
+    return Data(parts, tokenizer, fingerprint)
+
+
+def _open(path: Path, tokenizer: str | None) -> tuple[Tokens, Tokens, Tokenizer]:
+    """(train split, validation split, tokenizer) of a prepared data set or of .bin files."""
+    if bins.found(path):
+        vocabulary = bins.load_tokenizer(path, tokenizer)
+        return bins.open_bins(path, "train", vocabulary), bins.open_bins(path, "val", vocabulary), vocabulary
+    train, val = TokenSet(path, "train"), TokenSet(path, "val")
+    if tokenizer is not None:
+        raise ValueError(f"{path} was prepared with a tokenizer and has it; remove data.tokenizer ({tokenizer})")
+    its_own = Tokenizer.load(path)
+    if its_own.sha256 != train.tokenizer_sha256:
+        raise ValueError(f"{path}: tokenizer.json is not the one the data set was made with; prepare it again")
+    return train, val, its_own
+
+
+def _by_shares(part: Part, shares: dict[str, float]) -> list[Part]:
+    """A part for each source named in `shares`; ValueError for one that is not there, or has nothing to train on."""
+    trains, vals = by_source(part.train), by_source(part.val)
+    missing = [name for name in shares if name not in trains]
+    if missing:
+        raise ValueError(
+            f"{part.name} has no training documents of {', '.join(map(repr, missing))}; data.sources may name "
+            f"{', '.join(map(repr, trains))}"
+        )
+    nothing = View(part.val, [])
+    return [Part(name, trains[name], vals.get(name, nothing), share) for name, share in shares.items()]
+
+
+# Where rows stand
+
+
+class Pieces(NamedTuple):
+    """What rows are made of: for each piece its row, its column, its first token and how many; each (n,) int64."""
+
+    row: np.ndarray
+    column: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+
+NOTHING = Pieces(*(np.empty(0, dtype=np.int64) for _ in range(4)))
+
+
+class Stream:
+    """Windows that each epoch lays anew over the circle of tokens, in a new order."""
+
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int) -> None:
+        self.n_tokens, self.seq_len, self.seed = tokens.n_tokens, seq_len, seed
+        # One row more than the tokens fill, since a shifted epoch opens and closes with a part of a row.
+        self.n_rows = -(-tokens.n_tokens // seq_len) + 1
+
+    def pieces(self, ordinals: np.ndarray) -> Pieces:
+        """Of the rows with these numbers, which ascend over all epochs; ordered by row, then column."""
+        epochs, slots = np.divmod(ordinals, self.n_rows)
+        starts = np.empty(len(ordinals), dtype=np.int64)
+        for epoch in _epochs(epochs):
+            here = epochs == epoch
+            shift = key(self.seed, epoch, "shift") % self.seq_len
+            starts[here] = permute(slots[here], self.n_rows, key(self.seed, epoch, "order")) * self.seq_len - shift
+        stops = (starts + self.seq_len).clip(0, self.n_tokens)
+        starts = starts.clip(0, self.n_tokens)
+        return Pieces(np.arange(len(starts)), np.zeros(len(starts), np.int64), starts, stops - starts)
+
+
+class Packed:
+    """Rows made of documents by a packing plan; each epoch gives every document other neighbours."""
+
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int) -> None:
+        starts = tokens.document_starts
+        lengths = np.diff(starts, append=tokens.n_tokens)
+        self.plan = packing.plan(starts, lengths, seq_len)
+        self.seed, self.n_rows = seed, self.plan.n_rows
+
+    def pieces(self, ordinals: np.ndarray) -> Pieces:
+        """Of the rows with these numbers, which ascend over all epochs; ordered by row, then column."""
+        epochs, slots = np.divmod(ordinals, self.n_rows)
+        parts = []
+        for epoch in _epochs(epochs):
+            here = np.flatnonzero(epochs == epoch)
+            row, start, count = self.plan.pieces(slots[here], self.seed, epoch)
+            # A piece stands where those before it in its row end.
+            ends = np.cumsum(count)
+            first = np.searchsorted(row, row)
+            column = ends - count - (ends - count)[first]
+            parts.append(Pieces(here[row], column, start, count))
+        if len(parts) == 1:
+            return parts[0]
+        joined = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        by_row = np.argsort(joined.row, kind="stable")
+        return Pieces(*(column[by_row] for column in joined))
+
+
+def _epochs(epochs: np.ndarray) -> list[int]:
+    low, high = int(epochs[0]), int(epochs[-1])  # they ascend
+    return [low] if low == high else np.unique(epochs).tolist()
+
+
+def deal(weights: list[float]) -> np.ndarray:
+    """(n,) rows of a cycle for each weight: exact shares by largest remainder, at least one each."""
+    shares = np.array(weights) / sum(weights) * CYCLE
+    quotas = np.floor(shares).astype(np.int64)
+    quotas[np.argsort(quotas - shares, kind="stable")[: CYCLE - quotas.sum()]] += 1
+    if quotas.min() < 1:
+        raise ValueError(f"a share of {min(weights):.2g} is less than one row in {CYCLE}; leave it out or raise it")
+    return quotas
 
 
 class Loader:
     """Training batches of `batch_rows` rows of `seq_len` tokens."""
 
-    def __init__(self, tokens: TokenSet, seq_len: int, batch_rows: int, seed: int) -> None:
-        self.tokens, self.seq_len, self.batch_rows, self.seed = tokens, seq_len, batch_rows, seed
-        if tokens.n_tokens < seq_len:
-            raise ValueError(
-                f"the training split has {tokens.n_tokens} tokens, fewer than data.seq_len ({seq_len}): "
-                "add text or lower it"
-            )
-        # One row more than the tokens fill, since a shifted epoch opens and closes with a part of a row.
-        self.rows_per_epoch = -(-tokens.n_tokens // seq_len) + 1
+    def __init__(self, data: Data, config: DataConfig, batch_rows: int, seed: int) -> None:
+        self.parts, self.config, self.batch_rows = data.parts, config, batch_rows
+        self.seq_len = config.seq_len
+        for part in self.parts:
+            if part.n_tokens < self.seq_len:
+                raise ValueError(
+                    f"{part.name}: the training split has {part.n_tokens} tokens, fewer than data.seq_len "
+                    f"({self.seq_len}): add text or lower it"
+                )
+        kind = Stream if config.packing == "stream" else Packed
+        mixed = len(self.parts) > 1
+        self.orders: list[Stream | Packed] = [
+            kind(part.train, self.seq_len, key(seed, i, "part") if mixed else seed) for i, part in enumerate(self.parts)
+        ]
+        # The component of each row of a cycle, and which of the component's rows of the cycle it is. It repeats with
+        # every cycle, what it stands for does not; so a component's rows come in order and its epochs are whole.
+        self._quotas = deal([part.weight for part in self.parts])
+        places = permute(np.arange(CYCLE), CYCLE, key(seed, 0, "mixture"))
+        self._component = np.repeat(np.arange(len(self.parts)), self._quotas)[places]
+        self._rank = np.empty(CYCLE, dtype=np.int64)
+        for i, quota in enumerate(self._quotas.tolist()):
+            self._rank[self._component == i] = np.arange(quota)
 
     def batch(self, step: int) -> Batch:
         """The batch of update `step`, counted from 1. Pure: the same (seed, step) always gives the same rows."""
+        return next(self.portions(step, step))[0]
+
+    def sources_of(self, step: int) -> list[str]:
+        """The name of the part that each row of that batch comes from."""
         index = (step - 1) * self.batch_rows + np.arange(self.batch_rows)
-        epochs, slots = np.divmod(index, self.rows_per_epoch)
-        starts = np.empty(self.batch_rows, dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            order = key(self.seed, epoch, "order")
-            shift = key(self.seed, epoch, "shift") % self.seq_len
-            starts[here] = permute(slots[here], self.rows_per_epoch, order) * self.seq_len - shift
-        n = self.tokens.n_tokens
-        return rows(self.tokens, starts.clip(0, n), (starts + self.seq_len).clip(0, n), self.seq_len, n)
+        return [self.parts[i].name for i in self._component[index % CYCLE].tolist()]
+
+    def places(self, step: int) -> list[Pieces]:
+        """Where the rows of that batch stand, for each part."""
+        return self._places((step - 1) * self.batch_rows + np.arange(self.batch_rows))
+
+    def epochs(self, steps: int) -> list[tuple[str, float]]:
+        """How often each part is read in that many updates."""
+        cycles, rest = divmod(steps * self.batch_rows, CYCLE)
+        drawn = cycles * self._quotas + np.bincount(self._component[:rest], minlength=len(self.parts))
+        return [(part.name, n / o.n_rows) for part, o, n in zip(self.parts, self.orders, drawn.tolist(), strict=True)]
+
+    def portions(self, first: int, last: int, pin: bool = False) -> Iterator[list[Batch]]:
+        """The batches of updates first .. last, a few at a time; pinned ones are contiguous."""
+        ahead = max(1, AHEAD_ROWS // self.batch_rows)
+        at_once = max(1, AHEAD_TOKENS // (self.batch_rows * self.seq_len))
+        for step in range(first, last + 1, ahead):
+            n_rows = min(ahead, last + 1 - step) * self.batch_rows
+            places = self._places((step - 1) * self.batch_rows + np.arange(n_rows))
+            for low in range(0, n_rows, at_once * self.batch_rows):
+                high = min(low + at_once * self.batch_rows, n_rows)
+                parts = [
+                    (part.train, between(pieces, low, high)) for part, pieces in zip(self.parts, places, strict=True)
+                ]
+                whole = read(parts, high - low, self.seq_len, self.config.document_mask)
+                if pin:
+                    whole = Batch._make(x if x is None else x.contiguous().pin_memory() for x in whole)
+                columns = [[None] * (high - low) if x is None else x.split(self.batch_rows) for x in whole]
+                yield [Batch(*some) for some in zip(*columns, strict=False)]
+
+    def _places(self, index: np.ndarray) -> list[Pieces]:
+        """Where the rows with these numbers stand, for each component."""
+        if len(self.parts) == 1:
+            return [self.orders[0].pieces(index)]
+        cycles, slots = np.divmod(index, CYCLE)
+        component = self._component[slots]
+        ordinals = cycles * self._quotas[component] + self._rank[slots]
+        places = []
+        for i, order in enumerate(self.orders):
+            here = np.flatnonzero(component == i)
+            pieces = order.pieces(ordinals[here]) if len(here) else NOTHING
+            places.append(pieces._replace(row=here[pieces.row]))
+        return places
 
 
-def validation_batches(tokens: TokenSet, seq_len: int, batch_rows: int, max_tokens: int | None) -> Iterator[Batch]:
+# Reading rows
+
+
+def between(pieces: Pieces, low: int, high: int) -> Pieces:
+    """Those of rows low .. high - 1, which are numbered from 0."""
+    a, b = np.searchsorted(pieces.row, [low, high])
+    return Pieces(pieces.row[a:b] - low, *(column[a:b] for column in pieces[1:]))
+
+
+def read(
+    parts: list[tuple[Tokens, Pieces]], n_rows: int, seq_len: int, document_mask: bool, end: int | None = None
+) -> Batch:
+    """Rows made of pieces of the circles of tokens (of their first `end` tokens, where a document ends).
+
+    A piece learns what follows each of its tokens. What a row has left is filled with start tokens without targets.
+    """
+    (first, pieces), *others = parts
+    last = pieces.start + seq_len
+    if (
+        not others
+        and not first.has_spans
+        and (pieces.length == seq_len).all()
+        and (last < (end or first.n_tokens)).all()
+    ):
+        ids = np.empty((n_rows, seq_len + 1), dtype=np.int64)
+        first.read_rows(pieces.start, ids)
+        both = torch.from_numpy(ids)
+        batch = Batch(both[:, :-1], both[:, 1:])
+    else:
+        ids = np.full((n_rows, seq_len), first.start_id, dtype=np.int64)
+        targets = np.full((n_rows, seq_len), IGNORED, dtype=np.int64)
+        for tokens, some in parts:
+            _fill(tokens, some, ids, targets, tokens.n_tokens if end is None else end)
+        batch = Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+    if not document_mask:
+        return batch
+    doc_ids, positions = _documents(parts, n_rows, seq_len)
+    return batch._replace(doc_ids=torch.from_numpy(doc_ids), positions=torch.from_numpy(positions))
+
+
+def _fill(tokens: Tokens, pieces: Pieces, ids: np.ndarray, targets: np.ndarray, end: int) -> None:
+    """Write pieces of one split where they belong."""
+    seq_len = ids.shape[1]
+    whole = (pieces.length == seq_len) & (pieces.start + seq_len < end) & (not tokens.has_spans)
+    if whole.any():
+        rows = np.empty((int(whole.sum()), seq_len + 1), dtype=np.int64)
+        tokens.read_rows(pieces.start[whole], rows)
+        ids[pieces.row[whole]], targets[pieces.row[whole]] = rows[:, :-1], rows[:, 1:]
+    for row, column, start, count in np.stack(pieces, axis=1)[~whole & (pieces.length > 0)].tolist():
+        # After the last token of the circle comes its first: a start token.
+        inside = tokens.read(start, min(count + 1, end - start))
+        here = slice(column, column + count)
+        ids[row, here] = inside[:count]
+        targets[row, here] = tokens.start_id
+        targets[row, column : column + len(inside) - 1] = inside[1:]
+        if tokens.has_spans:
+            targets[row, here][~_learned(tokens, start + 1, count)] = IGNORED
+
+
+def _learned(tokens: Tokens, start: int, count: int) -> np.ndarray:
+    """(count,) bool: which of the tokens start .. start + count - 1 lie in a `train` span."""
+    learned = np.zeros(count, dtype=bool)
+    for span in tokens.spans(start, min(count, tokens.n_tokens - start)):
+        if span.kind == "train":
+            learned[max(0, span.start - start) : span.end - start] = True
+    return learned
+
+
+def _documents(parts: list[tuple[Tokens, Pieces]], n_rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(document number within the row, position in it): a document begins where a piece does, or inside of one."""
+    begins = np.zeros((n_rows, seq_len + 1), dtype=bool)
+    for tokens, pieces in parts:
+        starts = tokens.document_starts
+        low, high = (np.searchsorted(starts, at) for at in (pieces.start + 1, pieces.start + pieces.length))
+        counts = high - low
+        piece = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
+        inner = starts[low[piece] + within] - pieces.start[piece]
+        begins[pieces.row[piece], pieces.column[piece] + inner] = True
+        begins[pieces.row, pieces.column] = True
+        begins[pieces.row, pieces.column + pieces.length] = True  # of the next piece, or of what fills the row
+    begins = begins[:, :-1]
+    begins[:, 0] = False
+    columns = np.arange(seq_len)
+    return np.cumsum(begins, axis=1), columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+
+
+def prefetched(loader: Loader, first: int, last: int, pin: bool = False) -> Generator[Batch, None, None]:
+    """loader.batch(first) .. loader.batch(last), read ahead by a thread; `pin` where there is CUDA to copy to.
+
+    An error of the thread is raised here. The thread ends with the iterator, however that ends.
+    """
+    ready: SimpleQueue[list[Batch] | BaseException | None] = SimpleQueue()
+    free: SimpleQueue[None] = SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for portion in loader.portions(first, last, pin and torch.cuda.is_available()):
+                free.get()
+                if stop.is_set():
+                    return
+                ready.put(portion)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    for _ in range(WAITING):
+        free.put(None)
+    thread = threading.Thread(target=work, name="batches", daemon=True)  # at exit nobody waits for it
+    thread.start()
+    try:
+        while (portion := ready.get()) is not None:
+            if isinstance(portion, BaseException):
+                raise portion
+            free.put(None)
+            yield from portion
+    finally:
+        stop.set()
+        free.put(None)
+        thread.join()
+
+
+# Validation
+
+
+def validation_batches(
+    tokens: Tokens, seq_len: int, batch_rows: int, max_tokens: int | None, document_mask: bool = False
+) -> Iterator[Batch]:
     """Every target of the split once, in order, in windows that do not overlap; the tail is kept.
 
     With `max_tokens` the first whole documents that reach it (all if they do not), read as a circle of their own.
@@ -125,10 +473,12 @@ def validation_batches(tokens: TokenSet, seq_len: int, batch_rows: int, max_toke
     starts = np.arange(0, end, seq_len)
     for i in range(0, len(starts), batch_rows):
         part = starts[i : i + batch_rows]
-        yield rows(tokens, part, (part + seq_len).clip(max=end), seq_len, end)
+        rows = np.arange(len(part))
+        pieces = Pieces(rows, np.zeros_like(rows), part, np.minimum(seq_len, end - part))
+        yield read([(tokens, pieces)], len(part), seq_len, document_mask, end)
 
 
-def evaluated_tokens(tokens: TokenSet, max_tokens: int | None) -> int:
+def evaluated_tokens(tokens: Tokens, max_tokens: int | None) -> int:
     """Where the last document that an evaluation of about `max_tokens` reads ends."""
     if max_tokens is None or max_tokens >= tokens.n_tokens:
         return tokens.n_tokens
@@ -136,7 +486,7 @@ def evaluated_tokens(tokens: TokenSet, max_tokens: int | None) -> int:
     return int(ends[np.searchsorted(ends, max_tokens)])
 
 
-def evaluated_bytes(tokens: TokenSet, max_tokens: int | None) -> int:
+def evaluated_bytes(tokens: Tokens, max_tokens: int | None) -> int:
     """Raw UTF-8 bytes of the documents that such an evaluation reads."""
     n_documents = np.searchsorted(tokens.document_starts, evaluated_tokens(tokens, max_tokens))
     return int(tokens.document_bytes[:n_documents].sum())

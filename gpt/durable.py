@@ -168,19 +168,31 @@ def check_space(directory: Path, n_bytes: int) -> None:
 
 
 class Lock:
-    """One process at a time: an flock on `path`, held until released or the process ends, however it ends."""
+    """One process at a time: an flock on `path`, held until released or the process ends, however it ends.
 
-    def __init__(self, path: Path, what: str) -> None:
-        self._file = path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = self._holder()
-            self._file.close()
-            raise ValueError(f"{what} is in use by {holder}") from None
-        except OSError as error:
-            self._file.close()
-            raise ValueError(f"{path} cannot be locked ({error.strerror}); use a disk of this machine") from None
+    Those that ask for it `shared` may hold it together, and no other with them.
+    """
+
+    def __init__(self, path: Path, what: str, *, shared: bool = False) -> None:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        while True:
+            make_directory(path.parent)
+            try:
+                self._file = path.open("a+")
+            except FileNotFoundError:  # the last holder is just deleting it
+                continue
+            try:
+                fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self._holder()
+                self._file.close()
+                raise ValueError(f"{what} is in use by {holder}") from None
+            except OSError as error:
+                self._file.close()
+                raise ValueError(f"{path} cannot be locked ({error.strerror}); use a disk of this machine") from None
+            if path.exists() and path.stat().st_ino == os.fstat(self._file.fileno()).st_ino:
+                break
+            self._file.close()  # a lock on a file that was deleted keeps nobody out
         self._file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "what": what, "since": since}, self._file)
@@ -196,7 +208,7 @@ class Lock:
             return "another process: wait for it or stop it"
 
     def release(self) -> None:
-        """Let others in. The file stays: deleting it would let two in."""
+        """Let others in. Only who holds it alone may have deleted the file."""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -245,10 +245,10 @@ class StopText:
 
 
 class _RowText:
-    """The text of one row, and why it ended."""
+    """The text of one row after its prompt, and why it ended."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.stream = tokenizer.stream()
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], prompt: Sequence[int]) -> None:
+        self.stream = tokenizer.stream(prompt)
         self.stop = StopText(stops)
         self.done = False
 
@@ -282,10 +282,11 @@ def complete(
     the tokenizer's end token) or after `max_tokens` ("length"). Other control tokens are never drawn. See `generate`.
     """
     ends = {tokenizer.end_id} if stop_ids is None else set(stop_ids)
-    rows = [_RowText(tokenizer, stop) for _ in prompts]
+    ids = [[tokenizer.start_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
+    rows = [_RowText(tokenizer, stop, row) for row in ids]
     columns = generate(
         model,
-        [[tokenizer.start_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts],
+        ids,
         sampling,
         max_tokens,
         seed=seed,

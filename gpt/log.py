@@ -104,10 +104,21 @@ class Log:
         rate = f"{thousands(tokens_per_second)} tok/s{mfu}  eta {eta}"
         self.note(f"step {step}/{self._steps}  loss {loss:.3f}  lr {power(lr)}  grad {grad_norm:.2f}  {rate}")
 
-    def eval(self, step: int, *, tokens: int, val_loss: float, val_bpb: float, **others: Any) -> None:
-        """Record an evaluation: nats per target and bits per raw byte."""
-        self._record("eval", step, {"tokens": tokens, "val_loss": val_loss, "val_bpb": val_bpb, **others})
-        self.note(f"step {step}/{self._steps}  val_loss {val_loss:.4f}  val_bpb {val_bpb:.4f}")
+    def eval(
+        self,
+        step: int,
+        *,
+        tokens: int,
+        val_loss: float,
+        val_bpb: float,
+        sources: Mapping[str, float] | None = None,
+        **others: Any,
+    ) -> None:
+        """Record an evaluation: nats per target and bits per raw byte, the latter of each of several sources too."""
+        each = {"sources": dict(sources)} if sources and len(sources) > 1 else {}
+        self._record("eval", step, {"tokens": tokens, "val_loss": val_loss, "val_bpb": val_bpb, **each, **others})
+        parts = "".join(f"  {name} {value:.4f}" for name, value in each.get("sources", {}).items())
+        self.note(f"step {step}/{self._steps}  val_loss {val_loss:.4f}  val_bpb {val_bpb:.4f}{parts}")
 
     def sample(self, step: int, *, tokens: int, text: str) -> None:
         """Record text that the model wrote."""
@@ -148,7 +159,18 @@ class Log:
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Values under one name each: those of a mapping as MAPPING/NAME."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", deeper) for inner, deeper in _flat(value))
+        else:
+            yield name, value
 
 
 def duration(seconds: float) -> str:
@@ -233,8 +255,7 @@ class Wandb:
             if self._run is not None and step > self._sent.get(kind, -1):
                 self._sent[kind] = step
                 self._keep()  # first: killed in between, a step is missing there rather than twice
-                named = {n if n == "tokens" else f"{kind}/{n}": v for n, v in values.items() if v is not None}
-                self._run.log(named)
+                self._run.log({n if n == "tokens" else f"{kind}/{n}": v for n, v in _flat(values) if v is not None})
 
     def finish(self, failed: bool) -> None:
         """Close the run; waits a minute at most for what is still to be sent."""

@@ -57,16 +57,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class NextToken(nn.Module):
     """tokens, targets (B, T) int64 -> the sum of nats over the targets that are not IGNORED.
 
-    A sum, so that the caller divides once by the number of targets of the whole batch: micro-batches cannot change
-    the objective.
+    `positions` and `doc_ids` (B, T) int64 say where documents packed into a row begin and end (`GPT.features`). A sum,
+    so that the caller divides once by the number of targets of the whole batch: micro-batches cannot change the
+    objective.
     """
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        features = self.model.features(tokens).flatten(0, 1)
+    def forward(
+        self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor:
+        features = self.model.features(tokens, positions, doc_ids).flatten(0, 1)
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
         with torch.autocast(device, enabled=False):

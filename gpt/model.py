@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from gpt.cache import KVCache
 from gpt.config import Count, Settings
@@ -107,12 +108,55 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
 
 
+Flex = Callable[..., Tensor]  # FlexAttention's kernel (Dong et al. 2024), compiled
+
+
 @dataclass(frozen=True)
 class Mask:
-    """What a query may see: `allowed` (B, 1, T, S) bool; else all, or if `causal` (T = S) the past and itself."""
+    """What a query may see: `allowed` (B, 1, T, S) bool; else all, or if `causal` (T = S) the past and itself.
+
+    With `blocks` the kernel `flex` computes it, and skips what no query of a block may see.
+    """
 
     causal: bool = True
     allowed: Tensor | None = None
+    blocks: BlockMask | None = None
+    flex: Flex | None = None
+
+
+BLOCK = 128  # positions of a block mask's block: FlexAttention's own
+
+
+def same_document(doc_ids: Tensor) -> Mask:
+    """Causal, inside one document: positions of a row with equal ids; doc_ids (B, T)."""
+    same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]  # (B, 1, T, T)
+    return Mask(allowed=same.tril())
+
+
+def same_document_blocks(doc_ids: Tensor, flex: Flex) -> Mask:
+    """What `same_document` allows, for `flex`: which blocks of keys a block of queries sees, from the ids in each."""
+    B, T = doc_ids.shape
+    n = -(-T // BLOCK)
+    padded = F.pad(doc_ids, (0, n * BLOCK - T), mode="replicate" if T else "constant").view(B, n, BLOCK)
+    low, high = padded.amin(dim=-1), padded.amax(dim=-1)  # (B, n)
+    past = torch.ones(n, n, dtype=torch.bool, device=doc_ids.device).tril()
+    touching = (high[:, None] >= low[:, :, None]) & (low[:, None] <= high[:, :, None]) & past  # (B, queries, keys)
+    pure = low == high
+    whole = touching & pure[:, None] & pure[:, :, None] & past.tril(-1)  # nothing hidden: computed without the mask
+    if T % BLOCK:
+        whole[:, :, -1] = False
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """(how many keys' blocks, which: those first) of each block of queries."""
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (doc_ids[b, q] == doc_ids[b, k])
+
+    part, full = listed(touching & ~whole), listed(whole)
+    blocks = BlockMask.from_kv_blocks(*part, *full, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(T, T))
+    return Mask(blocks=blocks, flex=flex)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -121,6 +165,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     Each group of H / G query heads shares a key/value head (Shazeer 2019; Ainslie et al. 2023). torch's fused kernel,
     except on the CPU at lengths where writing the scores out is faster (measured: docs/experiments.md).
     """
+    if mask.flex is not None:
+        return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
     if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
         return _attend_written_out(q, k, v, mask)
     return F.scaled_dot_product_attention(
@@ -270,6 +316,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         self.rotary = Rotary(config)
+        self.flex: Flex | None = None  # a kernel for attention inside documents, where one is applied
 
     def forward(
         self,
@@ -288,16 +335,14 @@ class Decoder(nn.Module):
             cache.advance(tokens.shape[1])
         return self.norm(x)
 
-    @staticmethod
-    def mask(doc_ids: Tensor | None, cache: KVCache | None, at: Tensor | None) -> Mask:
+    def mask(self, doc_ids: Tensor | None, cache: KVCache | None, at: Tensor | None) -> Mask:
         """Causal; inside one document where `doc_ids` (B, T) says so; over the cache where there is one."""
         if cache is not None and not cache.empty:
             assert at is not None and doc_ids is None, "a cache holds one document a row"
             return Mask(causal=False, allowed=cache.visible(at))
         if doc_ids is None:
             return Mask()
-        same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]  # (B, 1, T, T)
-        return Mask(allowed=same.tril())
+        return same_document(doc_ids) if self.flex is None else same_document_blocks(doc_ids, self.flex)
 
 
 class GPT(nn.Module):

@@ -1,13 +1,16 @@
-"""What is applied to a finished objective to run it faster: compilation. The model never knows."""
+"""What is applied to a finished objective to run it faster: compilation, and a kernel for document masks. The model never knows."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from gpt.loss import NextToken
+from gpt.model import GPT
 
-Forward = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]  # NextToken.forward's arguments
+PROBE = (1, 256)  # rows and tokens that show whether a kernel works here
 
 
 def applied(objective: NextToken, *, compile: bool) -> Forward:
@@ -16,3 +19,30 @@ def applied(objective: NextToken, *, compile: bool) -> Forward:
         return objective
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # the compiler learns it here
     return torch.compile(objective, dynamic=False)
+
+
+def flexible(model: GPT) -> None:
+    """Attention inside documents by FlexAttention, whose kernel skips the blocks that a mask hides."""
+    model.model.flex = torch.compile(flex_attention, dynamic=False)
+
+
+def document_kernel(model: GPT) -> tuple[str, str]:
+    """The kernel for attention inside documents on this model's device, "flex" or "dense", and why; `flexible` if it is flex.
+
+    The model's gradients are gone when this returns.
+    """
+    device = model.lm_head.weight.device
+    if device.type != "cuda":
+        return "dense", f"a mask of every pair: FlexAttention trains on CUDA, this is {device.type}"
+    flexible(model)
+    ids = torch.zeros(PROBE, dtype=torch.int64, device=device)
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            NextToken(model)(ids, ids, ids, torch.arange(PROBE[1], device=device)[None] // 100).backward()
+    except (RuntimeError, ImportError, ValueError) as error:
+        model.model.flex = None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return "dense", f"a mask of every pair: FlexAttention failed here: {reason}"
+    finally:
+        model.zero_grad(set_to_none=True)
+    return "flex", "FlexAttention, which skips what the mask hides"

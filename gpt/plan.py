@@ -72,7 +72,8 @@ class Choices(Settings):
     micro_batch: int = Field(description="rows of one forward pass")
     threads: int = Field(description="CPU threads")
     steps: int = Field(description="updates of the whole run")
-    data: str = Field(description="fingerprint of the data set")
+    data: str = Field(description="fingerprint of the data set, or of all of a mixture")
+    attention: str = Field("dense", description="kernel of attention inside documents: flex or dense")
     torch: str = Field(description="version of torch")
     cpu: str = Field(description="kind of CPU")
 
@@ -118,6 +119,7 @@ def choose(
     dtype: str,
     threads: int,
     data: str,
+    attention: str = "dense",
     extra: Callable[[float], float],
     elapsed: Callable[[], float],
     measure: Measure,
@@ -163,6 +165,7 @@ def choose(
         threads=threads,
         steps=steps,
         data=data,
+        attention=attention,
         torch=runtime.torch_version(),
         cpu=runtime.cpu_kind(),
     )

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -69,6 +70,51 @@ class ShardEntry:
     n_tokens: int
     n_documents: int
     n_bytes: int
+
+
+class Tokens(Protocol):
+    """What a split offers, whatever it is stored as: documents one after another, read as a circle.
+
+    A document opens with the start token, so what follows the last token of a document, and of the split, is one.
+    """
+
+    path: Path
+    vocab_size: int
+    start_id: int
+    tokenizer_sha256: str
+    sources: list[str]
+    fingerprint: str  # of the whole data set; hexadecimal
+    dtype: np.dtype
+    n_documents: int
+    n_bytes: int
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def has_spans(self) -> bool: ...
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        """(n_documents,) int64, ascending."""
+
+    @property
+    def document_bytes(self) -> np.ndarray:
+        """(n_documents,) int64: raw UTF-8 bytes."""
+
+    @property
+    def document_sources(self) -> np.ndarray:
+        """(n_documents,) int64: indices into `sources`."""
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1, which lie inside the split, in `dtype`."""
+
+    def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fill out (n, width), of any integer dtype, with tokens starts[i] .. starts[i] + width - 1 of the split."""
+
+    def spans(self, start: int, count: int) -> list[Span]: ...
+
+    def verify(self) -> None: ...
 
 
 class Target(Protocol):
@@ -166,7 +212,7 @@ class Shard:
             raise self._corrupt("it is missing, and the manifest names it") from None
         if not plain:
             raise self._corrupt("it is not a plain file (links are not followed)")
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         header = np.frombuffer(self._pread(HEADER.itemsize, 0), HEADER)[0]
         self._check_header(header, entry, vocab_size, tokenizer_sha256)
         self.dtype = token_dtype(vocab_size)
@@ -175,11 +221,11 @@ class Shard:
         self._spans_at = self._index_at + self.n_documents * DOCUMENT.itemsize
         self._body = self._spans_at + int(header["n_spans"]) * SPAN.itemsize
         n_blocks = -(-self._body // BLOCK)
-        expected, size = self._body + 32 * n_blocks, os.fstat(self._fd).st_size
+        expected, size = self._body + 32 * n_blocks, os.fstat(self.fd).st_size
         if size != expected:
             raise self._corrupt(f"it has {size} bytes, expected {expected}")
         self._hashes = self._pread(32 * n_blocks, self._body)
-        self._verified = bytearray(n_blocks)
+        self.verified = memoryview(bytearray(n_blocks))  # whether each MiB was found to be what was written
 
     def _check_header(self, header: Any, entry: ShardEntry, vocab_size: int, tokenizer_sha256: str) -> None:
         if header["magic"] != MAGIC:
@@ -201,21 +247,26 @@ class Shard:
         return CorruptError(f"{self.path}: {what}; {AGAIN}")
 
     def _pread(self, count: int, offset: int) -> bytes:
-        data = os.pread(self._fd, count, offset)
+        data = os.pread(self.fd, count, offset)
         if len(data) != count:
             raise self._corrupt(f"it is truncated: {len(data)} of {count} bytes at {offset}")
         return data
 
     def _read(self, offset: int, count: int) -> bytes:
         """Bytes of the body, from verified blocks only."""
-        for block in range(offset // BLOCK, -(-(offset + count) // BLOCK)):
-            if not self._verified[block]:
-                start = block * BLOCK
-                data = self._pread(min(BLOCK, self._body - start), start)
-                if hashlib.sha256(data).digest() != self._hashes[32 * block : 32 * block + 32]:
-                    raise self._corrupt(f"bytes {start} to {start + len(data)} are not what was written")
-                self._verified[block] = 1
+        blocks = range(offset // BLOCK, -(-(offset + count) // BLOCK))
+        if not all(self.verified[blocks.start : blocks.stop]):
+            for block in blocks:
+                self._verify(block)
         return self._pread(count, offset)
+
+    def _verify(self, block: int) -> None:
+        if not self.verified[block]:
+            start = block * BLOCK
+            data = self._pread(min(BLOCK, self._body - start), start)
+            if hashlib.sha256(data).digest() != self._hashes[32 * block : 32 * block + 32]:
+                raise self._corrupt(f"bytes {start} to {start + len(data)} are not what was written")
+            self.verified[block] = 1
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1 of this shard."""
@@ -240,8 +291,8 @@ class Shard:
         return spans
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        if hasattr(self, "fd"):
+            os.close(self.fd)
 
 
 class TokenSet:
@@ -267,9 +318,15 @@ class TokenSet:
         self.dtype = token_dtype(self.vocab_size)
         self.n_documents = sum(entry.n_documents for entry in self.entries)
         self.n_bytes = sum(entry.n_bytes for entry in self.entries)
-        self._firsts = [0]  # where each shard begins, and the end
-        for entry in self.entries:
-            self._firsts.append(self._firsts[-1] + entry.n_tokens)
+        self._firsts = [0, *accumulate(entry.n_tokens for entry in self.entries)]  # where shards begin, and the end
+        self._bounds = np.array(self._firsts)
+        self._fds = np.array([shard.fd for shard in self.shards], dtype=np.int64)
+        # One table of verified blocks for all shards, so that many rows are looked up at once.
+        self._first_block = np.array([0, *accumulate(len(shard.verified) for shard in self.shards)])
+        verified = bytearray(int(self._first_block[-1]))
+        for shard, (a, b) in zip(self.shards, pairwise(self._first_block.tolist()), strict=True):
+            shard.verified = memoryview(verified)[a:b]
+        self._verified = np.frombuffer(verified, np.uint8)
 
     @property
     def n_tokens(self) -> int:
@@ -286,6 +343,30 @@ class TokenSet:
             parts.append(self.shards[shard].read(start - self._firsts[shard], taken))
             start, count, shard = start + taken, count - taken, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fill out (n, width), of any integer dtype, with tokens starts[i] .. starts[i] + width - 1 of the split.
+
+        Where every block was verified before, the costs are a system call a row and one conversion.
+        """
+        n, width = out.shape
+        if not n or not width:
+            return
+        if starts.min() < 0 or starts.max() + width > self.n_tokens:
+            raise IndexError(f"{self.path}: rows of {width} from {starts.min()} to {starts.max()} of {self.n_tokens}")
+        n_bytes = width * self.dtype.itemsize
+        shard = self._bounds.searchsorted(starts, side="right") - 1
+        offsets = HEADER.itemsize + (starts - self._bounds[shard]) * self.dtype.itemsize
+        first, last = (self._first_block[shard] + at // BLOCK for at in (offsets, offsets + n_bytes - 1))
+        known = n_bytes <= BLOCK and bool((self._verified[first] & self._verified[last]).all())
+        if known and (starts + width <= self._bounds[shard + 1]).all():
+            parts = map(os.pread, self._fds[shard].tolist(), repeat(n_bytes), offsets.tolist())
+            data = b"".join(parts)
+            if len(data) == n * n_bytes:  # else one is truncated, and `read` says which
+                out[...] = np.frombuffer(data, self.dtype).reshape(n, width)
+                return
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[...] = self.read(start, width)
 
     @cached_property
     def _documents(self) -> np.ndarray:

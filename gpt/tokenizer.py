@@ -2,21 +2,25 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from math import log2
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
-Kind = Literal["bpe", "char", "word"]
+from gpt import vocabularies
+from gpt.vocabularies import BYTE_OF_LETTER, END
 
-END = "<|endoftext|>"  # opens every document, and so closes the one before
+Kind = Literal["bpe", "char", "word", "ids"]  # ids: decimal numbers with a space between them
+
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, IM_START, IM_END, *(f"<|reserved_{i}|>" for i in range(5)))
 UNKNOWN = "<|unk|>"  # only in vocabularies of characters or words: bytes know everything
@@ -34,7 +38,10 @@ DEEPSEEK_V3 = (
 )
 CHARACTERS = (r"(?m:.)",)
 WORDS = (HAN_AND_KANA, r"[\p{L}\p{M}\p{N}_]+|(?m:.)")
-PATTERNS: Mapping[Kind, tuple[str, ...]] = {"bpe": DEEPSEEK_V3, "char": CHARACTERS, "word": WORDS}
+PATTERNS: Mapping[str, tuple[str, ...]] = {"bpe": DEEPSEEK_V3, "char": CHARACTERS, "word": WORDS}
+
+NO_UNKNOWN = "<|none|>"  # names no entry: what is not in the vocabulary is an error
+BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL)
 MIN_FREQUENCY = 2  # a merge or word that was seen once is no pattern
@@ -46,21 +53,11 @@ def default_vocab_size(n_bytes: int) -> int:
     return min(max(2 ** round(log2(max(n_bytes, 1)) / 2), 512), 1 << 16)
 
 
-def _byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte in a byte-level vocabulary, as GPT-2 chose them: itself if printable."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTE_OF_LETTER = _byte_letters()
-
-
 class Tokenizer:
     """A vocabulary and its rules. Make one by `train` or `Tokenizer.load`.
 
     `raw` is the content of tokenizer.json, `config` what tokenizer_config.json says of control tokens. ValueError in
-    words if they do not fit together.
+    words if they do not fit together. `vocab` has every entry's id, `size` is one more than the largest.
     """
 
     def __init__(self, raw: dict[str, Any], config: Mapping[str, Any], where: str = "tokenizer.json") -> None:
@@ -70,26 +67,32 @@ class Tokenizer:
             self._backend.encode_special_tokens = True  # text is text; this is not stored in the file
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        if not self._vocab:
+        self.vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        if not self.vocab:
             raise ValueError(f"{where}: the vocabulary is empty")
         added = self._backend.get_added_tokens_decoder()
         self.control_ids = frozenset(i for i, token in added.items() if token.special)
-        self.size = max(self._vocab.values()) + 1
+        self.size = max(self.vocab.values()) + 1
         self.padded_size = -(-self.size // 64) * 64
         self._config = self._completed(config)
-        self.start_id, self.end_id = self._vocab[self._config["bos_token"]], self._vocab[self._config["eos_token"]]
-        self.im_start_id, self.im_end_id = self._vocab.get(IM_START), self._vocab.get(IM_END)
+        self._check_text_is_text()
+        self.start_id, self.end_id = self.vocab[self._config["bos_token"]], self.vocab[self._config["eos_token"]]
+        self.im_start_id, self.im_end_id = self.vocab.get(IM_START), self.vocab.get(IM_END)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a tokenizer.json, or the one in a data set, checkpoint, model directory or run (its newest checkpoint).
+        """Read a tokenizer.json, or the one in a data set, checkpoint, model directory or run (its newest checkpoint),
+        or one of the files that `vocabularies` imports.
 
         Raises FileNotFoundError or ValueError in words; nothing in the file can run code.
         """
-        file = _find(path)
+        file, rules = _find(path)
         beside = file.with_name("tokenizer_config.json")
-        return cls(_read_json(file), _read_json(beside) if beside.is_file() else {}, str(file))
+        config = _read_json(beside) if beside.is_file() else {}
+        if not vocabularies.is_one(file, rules):
+            return cls(_read_json(file), config, str(file))
+        raw, own = vocabularies.read(file, rules)
+        return cls(raw, own | {key: value for key, value in config.items() if value is not None}, str(file))
 
     def _completed(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """tokenizer_config.json as we write it: transformers' class that changes nothing, and the control tokens."""
@@ -97,10 +100,10 @@ class Tokenizer:
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             value = config.get(key)
             name = value.get("content") if isinstance(value, dict) else value
-            if name is not None and name not in self._vocab:
+            if name is not None and name not in self.vocab:
                 raise ValueError(f"{self._where}: {key} {name!r} of tokenizer_config.json is not in the vocabulary")
             names[key] = name
-        fallback = END if END in self._vocab else None
+        fallback = END if END in self.vocab else None
         start = names["bos_token"] or fallback or names["eos_token"]
         if start is None:
             raise ValueError(
@@ -120,6 +123,18 @@ class Tokenizer:
             **kept,
         }
 
+    def _check_text_is_text(self) -> None:
+        """No control token may come from text that reads like it, which some vocabularies would look up as a word."""
+        for token in self.control_ids - {self.unknown_id}:
+            name, got = self._names[token], list[int]()
+            with suppress(ValueError), self._guard(""):  # what cannot be encoded is no control token either
+                got = self._backend.encode(name, add_special_tokens=False).ids
+            if token in got:
+                raise ValueError(
+                    f"{self._where}: the text {name!r} would become the control token of that name; the pre-tokenizer"
+                    " has to split it, or the model's vocabulary must leave it to added_tokens"
+                )
+
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:
         """Turn what the native library throws into a ValueError: its panics are no `Exception`."""
@@ -130,6 +145,19 @@ class Tokenizer:
         except BaseException as error:
             raise ValueError(f"{self._where}: {what}{error}") from None
 
+    @contextmanager
+    def _guard_text(self, texts: Sequence[str]) -> Iterator[None]:
+        """`_guard` for encoding `texts`; what a vocabulary of ids does not hold is named."""
+        try:
+            with self._guard("encoding failed: "):
+                yield
+        except ValueError:
+            if self._raw["model"].get("unk_token") != NO_UNKNOWN:
+                raise
+            numbers = self._raw["model"]["vocab"]
+            word = next((word for text in texts for word in text.split() if word not in numbers), "")[:40]
+            raise ValueError(f"{word!r} is no id of this vocabulary: expected 0 to {len(numbers) - 1}") from None
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone; what looks like a control token in it is text."""
         return self.encode_each([text])[0]
@@ -137,7 +165,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         pieces = [self._pieces(text) for text in texts]
-        with self._guard("encoding failed: "):
+        with self._guard_text(texts):
             flat = self._backend.encode_batch_fast([p for some in pieces for p in some], add_special_tokens=False)
         encoded = iter(flat)
         return [[i for _ in some for i in next(encoded).ids] if len(some) > 1 else next(encoded).ids for some in pieces]
@@ -145,11 +173,31 @@ class Tokenizer:
     def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on one core: for worker processes, which have the others."""
         encode = self._backend.encode
-        with self._guard("encoding failed: "):
+        with self._guard_text(texts):
             return [
                 [i for piece in self._pieces(text) for i in encode(piece, add_special_tokens=False).ids]
                 for text in texts
             ]
+
+    def encode_unit(self, text: str) -> list[int]:
+        """`encode` of a short text, with less around it."""
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:
+            return self.encode(text)  # which says in words what is wrong
+
+    def words(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`, and the number of the pre-token that each id lies in: two int64 arrays. No merge crosses those."""
+        ids, words, before = [], [], 0
+        with self._guard_text([text]):
+            for piece in self._pieces(text):
+                encoding = self._backend.encode(piece, add_special_tokens=False)
+                ids.append(np.array(encoding.ids, dtype=np.int64))
+                words.append(np.array(encoding.word_ids, dtype=np.int64) + before)
+                before = words[-1][-1] + 1 if len(words[-1]) else before
+        return np.concatenate(ids), np.concatenate(words)
 
     def _pieces(self, text: str) -> list[str]:
         """Parts of a long text whose ids joined are the ids of the whole.
@@ -176,24 +224,42 @@ class Tokenizer:
         with self._guard("decoding failed: "):
             return self._backend.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self) -> "Stream":
-        """A decoder to push ids into one by one."""
-        return Stream(self._backend)
+    def stream(self, after: Sequence[int] = ()) -> "Stream":
+        """A decoder to push ids into one by one; `after` are the ids before them, which it does not repeat."""
+        return Stream(self._backend, after)
 
     def piece(self, token: int) -> str:
         """How a token is shown: its text, or its bytes as `\\xe4` where they are no whole character."""
         if token in self.control_ids:
-            return self._backend.id_to_token(token) or ""
+            return self._names.get(token, "")
         return self.token_bytes(token).decode("utf-8", errors="backslashreplace")
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; none for a control token or an id without one."""
-        name = self._backend.id_to_token(token)
+        name = self._names.get(token)
         if name is None or token in self.control_ids:
             return b""
-        if isinstance(self._backend.decoder, decoders.ByteLevel) and all(letter in BYTE_OF_LETTER for letter in name):
+        if self._spelling == "letters" and all(letter in BYTE_OF_LETTER for letter in name):
             return bytes(BYTE_OF_LETTER[letter] for letter in name)
+        if self._spelling == "marks":  # SentencePiece's: a byte by its number, a space as a low line of its own
+            return bytes([int(name[3:5], 16)]) if BYTE_NAME.fullmatch(name) else name.replace("▁", " ").encode()
         return self.decode([token]).encode()
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """(size,) int64: `len(token_bytes(i))` of every id."""
+        return np.array([len(self.token_bytes(token)) for token in range(self.size)], dtype=np.int64)
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {token: name for name, token in self.vocab.items()}
+
+    @cached_property
+    def _spelling(self) -> Literal["letters", "marks", "text"]:
+        """How the vocabulary writes bytes: as GPT-2's letters, with SentencePiece's marks, or as text."""
+        if isinstance(self._backend.decoder, decoders.ByteLevel):
+            return "letters"
+        return "marks" if self._raw["model"].get("byte_fallback") or "▁" in str(self._raw.get("decoder")) else "text"
 
     def split_characters(self, text: str) -> list[str]:
         """The characters of `text`, once each, that the vocabulary cuts into bytes or does not know."""
@@ -204,7 +270,9 @@ class Tokenizer:
     @property
     def unknown_id(self) -> int | None:
         """The id of what the vocabulary does not hold; None for a vocabulary of bytes, which holds everything."""
-        return self._vocab.get(UNKNOWN)
+        if self._spelling == "letters" or self._raw["model"].get("byte_fallback"):
+            return None
+        return self.vocab.get(self._raw["model"].get("unk_token") or UNKNOWN)
 
     @cached_property
     def sha256(self) -> str:
@@ -224,9 +292,12 @@ class Tokenizer:
 class Stream:
     """Text of ids as they come: never a broken character. `flush` gives the rest at the end."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, after: Sequence[int] = ()) -> None:
         self._backend = backend
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        last = list(after[-4:])  # enough to know whether a space stands between them and what comes
+        if backend.decode(last, skip_special_tokens=True)[-1:] in ("", "\ufffd"):
+            last = []
+        self._decoder = DecodeStream(last, skip_special_tokens=True)
         self._held: list[int] = []
 
     def push(self, token: int) -> str | None:
@@ -246,10 +317,14 @@ class Stream:
 
 def train(texts: Iterable[str], kind: Kind, vocab_size: int | None, *, corpus_bytes: int = 0) -> Tokenizer:
     """Learn a vocabulary of byte-level BPE, of single characters or of words, control tokens included in its size.
+    Of ids, `vocab_size` says how many there are, 0 .. vocab_size - 1; the start token comes after them, and the texts
+    are not read.
 
     Without `vocab_size` it follows `corpus_bytes` by `default_vocab_size` (characters: all of them), or is smaller if
     the texts have no more. ValueError if a stated size is less than the bytes need or more than the texts support.
     """
+    if kind == "ids":
+        return _of_ids(vocab_size)
     smallest = MIN_VOCAB_SIZE if kind == "bpe" else len(SPECIAL) + 2
     if vocab_size is not None and vocab_size < smallest:
         parts = f"256 bytes and {len(SPECIAL)} control tokens" if kind == "bpe" else "the control tokens and one entry"
@@ -267,7 +342,7 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int | None, *, corpus_by
     return Tokenizer(json.loads(backend.to_str()), {"bos_token": END, "eos_token": END, **unknown})
 
 
-def _bare(kind: Kind) -> Backend:
+def _bare(kind: str) -> Backend:
     """The rules of a kind, without a vocabulary."""
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[kind]]
     if kind != "bpe":
@@ -278,6 +353,16 @@ def _bare(kind: Kind) -> Backend:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([*splits, to_bytes]), decoders.ByteLevel()
     return backend
+
+
+def _of_ids(size: int | None) -> Tokenizer:
+    """A vocabulary whose entries are the decimal numbers below `size`, each its own id."""
+    if size is None or size < 1:
+        raise ValueError(f"vocab_size: {size} for kind ids; say how many ids there are: one more than the largest")
+    backend = Backend(models.WordLevel({str(i): i for i in range(size)}, unk_token=NO_UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([END])  # outside the model's vocabulary, where no word of a text can find it
+    return Tokenizer(json.loads(backend.to_str()), {"bos_token": END, "eos_token": END})
 
 
 def _train_bpe(backend: Backend, texts: Iterable[str], size: int) -> None:
@@ -309,7 +394,7 @@ def _train_characters(backend: Backend, texts: Iterable[str], size: int) -> None
     backend.add_special_tokens([*SPECIAL, UNKNOWN])
 
 
-_TRAIN: Mapping[Kind, Callable[[Backend, Iterable[str], int], None]] = {
+_TRAIN: Mapping[str, Callable[[Backend, Iterable[str], int], None]] = {
     "bpe": _train_bpe,
     "char": _train_characters,
     "word": _train_words,
@@ -324,17 +409,23 @@ def _line_start(text: str, position: int) -> int:
     return len(text)
 
 
-def _find(path: Path) -> Path:
-    """The tokenizer.json that `path` means."""
+def _find(path: Path) -> tuple[Path, str | None]:
+    """The file that `path` means, and what follows a # in it: the rules of a vocabulary that does not bring its own."""
+    text, mark, rules = str(path).partition("#")
+    if mark and not path.exists():
+        path = Path(text)
     if path.is_file():
-        return path
+        return path, rules or None
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; name a tokenizer.json or a directory that holds one")
     checkpoints = sorted((path / "checkpoints").glob("step_*/tokenizer.json"))
-    for file in (path / "tokenizer.json", *reversed(checkpoints)):
+    for file in (path / "tokenizer.json", *reversed(checkpoints), *vocabularies.files(path)):
         if file.is_file():
-            return file
-    raise FileNotFoundError(f"{path} holds no tokenizer.json, nor a checkpoint with one")
+            return file, rules or None
+    raise FileNotFoundError(
+        f"{path} holds no tokenizer.json, nor a checkpoint with one, vocab.json and merges.txt, tokenizer.model or a"
+        " .tiktoken file"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

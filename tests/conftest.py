@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,15 +42,34 @@ def tokens() -> Tokens:
 
 @dataclass(frozen=True)
 class MemorySplit:
-    """What loaders ask of a TokenSet, over documents of the given lengths: start token 0, and ids that never repeat."""
+    """shards.Tokens over documents of the given lengths: start token 0, and ids that never repeat."""
 
     lengths: Sequence[int]
+    document_sources: Any = None  # the first source, unless given
+    sources: Sequence[str] = ("memory", "another", "third")
     start_id: int = 0
     has_spans: bool = False
+    path: Path = Path("memory")
+    vocab_size: int = 1 << 31
+    tokenizer_sha256: str = "0" * 64
+    fingerprint: str = "1" * 64
+    dtype: type = np.int64
+
+    def __post_init__(self) -> None:
+        given = self.document_sources
+        object.__setattr__(self, "document_sources", np.array([0] * len(self.lengths) if given is None else given))
 
     @property
     def n_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def n_bytes(self) -> int:
+        return 10 * self.n_tokens
 
     @property
     def document_starts(self) -> np.ndarray:
@@ -57,7 +79,7 @@ class MemorySplit:
     def document_bytes(self) -> np.ndarray:
         return 10 * np.array(self.lengths)
 
-    @property
+    @cached_property
     def ids(self) -> np.ndarray:
         ids = 1 + np.arange(self.n_tokens)
         ids[self.document_starts] = self.start_id
@@ -67,8 +89,17 @@ class MemorySplit:
         assert start >= 0 and count >= 0 and start + count <= self.n_tokens, (start, count, self.n_tokens)
         return self.ids[start : start + count]
 
+    def read_rows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[...] = self.read(start, len(row))
+
+    def spans(self, start: int, count: int) -> list[Any]:
+        return []
+
+    def verify(self) -> None: ...
+
 
 @pytest.fixture(scope="session")
 def split() -> Callable[..., MemorySplit]:
-    """split(3, 5): a split of a document of 3 tokens and one of 5, start tokens included."""
-    return lambda *lengths: MemorySplit(lengths)
+    """split(3, 5): a split of a document of 3 tokens and one of 5, start tokens included; by=[0, 1]: their sources."""
+    return lambda *lengths, by=None: MemorySplit(lengths, by)

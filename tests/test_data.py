@@ -1,9 +1,15 @@
 """The order of data: every token once an epoch, the same on every call, and nothing lost at the edges."""
 
 import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +18,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt import durable
-from gpt.data import IGNORED, Batch, Loader, evaluated_bytes, evaluated_tokens, permute, validation_batches
+from gpt.data import (
+    CYCLE,
+    IGNORED,
+    WAITING,
+    Batch,
+    Data,
+    DataConfig,
+    Loader,
+    Part,
+    deal,
+    evaluated_bytes,
+    evaluated_tokens,
+    open_data,
+    prefetched,
+    validation_batches,
+)
 from gpt.shards import Document, Span, TokenSet, write_manifest, write_shard
+from gpt.tokenizer import Tokenizer, train
 
+ROOT = Path(__file__).parent.parent
 Split = Callable[..., TokenSet]  # a stand-in of conftest.py, except where a test writes a real one
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+
+
+def loading(tokens: Any, seq_len: int, batch_rows: int, seed: int, **settings: Any) -> Loader:
+    """A loader of one split, or of several given as {name: (split, share)}."""
+    shares = tokens if isinstance(tokens, dict) else {"memory": (tokens, 1.0)}
+    parts = [Part(name, each, each, share) for name, (each, share) in shares.items()]
+    config = DataConfig(path="memory", seq_len=seq_len, **settings)
+    return Loader(Data(parts, None, "1" * 64), config, batch_rows, seed)  # type: ignore[arg-type]
 
 
 def learned(batch: Batch) -> list[tuple[int, int]]:
@@ -31,41 +62,6 @@ def circle(split: TokenSet, end: int | None = None) -> list[tuple[int, int]]:
     return list(zip(ids, [*ids[1:], ids[0]], strict=True))
 
 
-# The permutation
-
-
-def test_a_permutation_reaches_every_place_once() -> None:
-    for n in range(1, 301):
-        assert sorted(permute(np.arange(n), n, seed=n)) == list(range(n))
-
-
-@given(n=st.integers(301, 5000), seed=st.integers(0, 2**63 - 1))
-def test_a_larger_permutation_does_too(n: int, seed: int) -> None:
-    assert np.array_equal(np.sort(permute(np.arange(n), n, seed)), np.arange(n))
-
-
-@given(n=st.integers(1, 10**12), seed=st.integers(0, 2**63 - 1), data=st.data())
-def test_an_index_goes_where_it_goes_whatever_is_asked_beside_it(n: int, seed: int, data: st.DataObject) -> None:
-    index = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5, unique=True)))
-    together = permute(index, n, seed)
-    assert [permute(index[i : i + 1], n, seed)[0] for i in range(len(index))] == together.tolist()
-    assert len(set(together.tolist())) == len(index)
-    assert together.min() >= 0 and together.max() < n
-
-
-def test_permutations_of_a_trillion_are_cheap_and_look_random() -> None:
-    n = 10**12
-    places = permute(np.arange(20_000), n, seed=1)
-    assert np.histogram(places, bins=10, range=(0, n))[0].min() > 1800  # 2000 expected, deviation 42
-    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.03
-
-
-def test_other_seeds_permute_otherwise_and_leave_nothing_in_place() -> None:
-    orders = np.array([permute(np.arange(1000), 1000, seed) for seed in range(30)])
-    assert len({tuple(order) for order in orders.tolist()}) == 30
-    assert (orders == np.arange(1000)).sum(axis=1).mean() < 3  # one fixed point expected
-
-
 # Training batches
 
 
@@ -75,10 +71,11 @@ def test_every_token_is_a_target_once_an_epoch(
 ) -> None:
     tokens = split(*lengths)
     seq_len = min(seq_len, tokens.n_tokens)
-    loader = Loader(tokens, seq_len, batch_rows, seed)
-    batches = [loader.batch(step) for step in range(1, 1 + -(-2 * loader.rows_per_epoch // batch_rows))]
+    loader = loading(tokens, seq_len, batch_rows, seed)
+    batches = [loader.batch(step) for step in range(1, 1 + -(-2 * loader.orders[0].n_rows // batch_rows))]
     for rows in zip(
-        *(torch.cat(part).split(loader.rows_per_epoch)[:2] for part in zip(*batches, strict=True)), strict=True
+        *(torch.cat(part).split(loader.orders[0].n_rows)[:2] for part in zip(*(b[:2] for b in batches), strict=True)),
+        strict=True,
     ):
         assert Counter(learned(Batch(*rows))) == Counter(circle(tokens))
 
@@ -88,7 +85,7 @@ def test_a_row_reads_on_in_the_text_and_its_targets_are_its_next_tokens(
     split: Split, lengths: list[int], seq_len: int, step: int
 ) -> None:
     tokens = split(*lengths)
-    batch = Loader(tokens, min(seq_len, tokens.n_tokens), 4, seed=3).batch(step)
+    batch = loading(tokens, min(seq_len, tokens.n_tokens), 4, seed=3).batch(step)
     trained = batch.targets != IGNORED
     assert (trained[:, :-1] >= trained[:, 1:]).all()  # nothing trained after the filling has begun
     inner = trained[:, 1:]
@@ -98,29 +95,29 @@ def test_a_row_reads_on_in_the_text_and_its_targets_are_its_next_tokens(
 
 def test_a_batch_is_the_same_in_any_order_of_calls_and_in_a_new_loader(split: Split) -> None:
     tokens = split(40, 60, 33)
-    forward, backward = Loader(tokens, 8, 3, seed=1), Loader(tokens, 8, 3, seed=1)
+    forward, backward = loading(tokens, 8, 3, seed=1), loading(tokens, 8, 3, seed=1)
     first = {step: forward.batch(step) for step in range(1, 30)}
     for step in reversed(range(1, 30)):
         again = backward.batch(step)
         assert torch.equal(again.tokens, first[step].tokens) and torch.equal(again.targets, first[step].targets)
-    assert torch.equal(Loader(tokens, 8, 3, seed=1).batch(17).tokens, first[17].tokens)
+    assert torch.equal(loading(tokens, 8, 3, seed=1).batch(17).tokens, first[17].tokens)
 
 
 def test_the_rows_of_a_batch_do_not_depend_on_its_size(split: Split) -> None:
     tokens = split(40, 60, 33)
-    small, large = Loader(tokens, 8, 2, seed=1), Loader(tokens, 8, 6, seed=1)
+    small, large = loading(tokens, 8, 2, seed=1), loading(tokens, 8, 6, seed=1)
     joined = torch.cat([small.batch(step).tokens for step in range(1, 31)])
     assert torch.equal(joined, torch.cat([large.batch(step).tokens for step in range(1, 11)]))
 
 
 def test_other_seeds_give_other_orders(split: Split) -> None:
     tokens = split(500)
-    assert not torch.equal(Loader(tokens, 8, 8, seed=1).batch(1).tokens, Loader(tokens, 8, 8, seed=2).batch(1).tokens)
+    assert not torch.equal(loading(tokens, 8, 8, seed=1).batch(1).tokens, loading(tokens, 8, 8, seed=2).batch(1).tokens)
 
 
 def test_epochs_differ_in_order_and_in_where_rows_are_cut(split: Split) -> None:
-    loader = Loader(split(500), 16, 1, seed=5)
-    starts = [loader.batch(step).tokens[0, 0].item() for step in range(1, 5 * loader.rows_per_epoch + 1)]
+    loader = loading(split(500), 16, 1, seed=5)
+    starts = [loader.batch(step).tokens[0, 0].item() for step in range(1, 5 * loader.orders[0].n_rows + 1)]
     epochs = np.array(starts).reshape(5, -1)
     assert len({tuple(order) for order in np.argsort(epochs).tolist()}) == 5
     assert len({frozenset(cuts) for cuts in epochs.tolist()}) > 1
@@ -128,15 +125,226 @@ def test_epochs_differ_in_order_and_in_where_rows_are_cut(split: Split) -> None:
 
 def test_a_training_split_shorter_than_a_row_is_refused_with_both_numbers(split: Split) -> None:
     with pytest.raises(ValueError, match=r"has 9 tokens, fewer than data\.seq_len \(10\)"):
-        Loader(split(4, 5), 10, 1, seed=0)
-    assert Loader(split(4, 6), 10, 1, seed=0).batch(1).tokens.shape == (1, 10)
+        loading(split(4, 5), 10, 1, seed=0)
+    assert loading(split(4, 6), 10, 1, seed=0).batch(1).tokens.shape == (1, 10)
 
 
 def test_batches_are_int64_of_rows_by_seq_len(split: Split) -> None:
     tokens = split(40, 60)
-    for batch in (Loader(tokens, 8, 3, seed=1).batch(1), next(validation_batches(tokens, 8, 3, None))):
-        assert all(x.dtype == torch.int64 and x.shape == (3, 8) and x.is_contiguous() for x in batch)
+    for batch in (loading(tokens, 8, 3, seed=1).batch(1), next(validation_batches(tokens, 8, 3, None))):
+        assert all(x.dtype == torch.int64 and x.shape == (3, 8) for x in batch[:2])
         assert batch.n_targets == len(learned(batch))
+
+
+# Mixtures
+
+shares = st.lists(st.floats(0.001, 1), min_size=2, max_size=6)
+
+
+@given(weights=shares)
+def test_a_cycle_is_dealt_in_exact_shares(weights: list[float]) -> None:
+    quotas = deal(weights)
+    assert quotas.sum() == CYCLE
+    assert np.abs(quotas - np.array(weights) / sum(weights) * CYCLE).max() < 1
+
+
+def test_a_share_below_one_row_in_a_cycle_is_refused() -> None:
+    with pytest.raises(ValueError, match="less than one row in 65536"):
+        deal([1.0, 1e-6])
+
+
+def test_a_mixture_reads_its_parts_in_their_shares_and_says_where_rows_come_from(split: Split) -> None:
+    parts = {"a": (split(50, 50, 60), 0.7), "b": (split(90, 200), 0.2), "c": (split(70), 0.1)}
+    loader = loading(parts, 16, 64, seed=1)
+    names = list(itertools.chain.from_iterable(loader.sources_of(step) for step in range(1, 1 + CYCLE // 64)))
+    assert [names.count(name) for name in parts] == deal([0.7, 0.2, 0.1]).tolist()
+    near = Counter(names[:6400])
+    assert all(abs(near[name] / 6400 - share) < 0.02 for name, (_, share) in parts.items())
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_each_part_of_a_mixture_has_whole_epochs_of_its_own(split: Split, packing: str) -> None:
+    parts = {"a": (split(50, 50, 60), 0.7), "b": (split(90, 20, 7, 200), 0.3)}
+    loader = loading(parts, 16, 32, seed=1, packing=packing)
+    found: dict[str, list[Batch]] = {"a": [], "b": []}
+    for step in range(1, 40):
+        for name, tokens, targets in zip(loader.sources_of(step), *loader.batch(step)[:2], strict=True):
+            found[name].append(Batch(tokens[None], targets[None]))
+    for (name, rows), order in zip(found.items(), loader.orders, strict=True):
+        assert len(rows) > 3 * order.n_rows
+        for i in range(3):
+            epoch = rows[i * order.n_rows : (i + 1) * order.n_rows]
+            assert Counter(pair for row in epoch for pair in learned(row)) == Counter(circle(parts[name][0]))
+    assert loader.epochs(39) == [(n, len(r) / o.n_rows) for (n, r), o in zip(found.items(), loader.orders, strict=True)]
+
+
+def test_epochs_are_counted_over_whole_cycles_too(split: Split) -> None:
+    loader = loading({"a": (split(160), 0.75), "b": (split(320), 0.25)}, 16, CYCLE // 4, seed=1)
+    a, b = (order.n_rows for order in loader.orders)
+    assert loader.epochs(40) == [("a", 10 * 0.75 * CYCLE / a), ("b", 10 * 0.25 * CYCLE / b)]
+
+
+# Packing and masks
+
+
+@given(lengths=lengths, seq_len=st.integers(1, 40), batch_rows=st.integers(1, 7), seed=st.integers(0, 99))
+def test_every_token_is_a_target_once_an_epoch_of_packed_documents(
+    split: Split, lengths: list[int], seq_len: int, batch_rows: int, seed: int
+) -> None:
+    tokens = split(*lengths)
+    seq_len = min(seq_len, tokens.n_tokens)
+    loader = loading(tokens, seq_len, batch_rows, seed, packing="documents")
+    batches = [loader.batch(step) for step in range(1, 1 + -(-2 * loader.orders[0].n_rows // batch_rows))]
+    ids, targets = (torch.cat(part).split(loader.orders[0].n_rows)[:2] for part in list(zip(*batches, strict=True))[:2])
+    for epoch in zip(ids, targets, strict=True):
+        assert Counter(learned(Batch(*epoch))) == Counter(circle(tokens))
+
+
+@given(
+    lengths=lengths,
+    seq_len=st.integers(1, 40),
+    step=st.integers(1, 1000),
+    packing=st.sampled_from(["stream", "documents"]),
+)
+def test_documents_of_a_row_are_numbered_and_their_positions_restart(
+    split: Split, lengths: list[int], seq_len: int, step: int, packing: str
+) -> None:
+    tokens = split(*lengths)
+    seq_len = min(seq_len, tokens.n_tokens)
+    loader = loading(tokens, seq_len, 5, 3, packing=packing, document_mask=True)
+    batch, bare = loader.batch(step), loading(tokens, seq_len, 5, 3, packing=packing).batch(step)
+    assert torch.equal(bare.tokens, batch.tokens) and torch.equal(bare.targets, batch.targets)
+    assert bare.doc_ids is None and bare.positions is None
+    assert batch.doc_ids is not None and batch.positions is not None
+    document_of = np.repeat(np.arange(len(lengths)), lengths)
+    begins = np.zeros((5, seq_len), dtype=bool)
+    for row, column, start, count in zip(*loader.orders[0].pieces(np.arange(5 * step - 5, 5 * step)), strict=True):
+        documents = document_of[start : start + count]
+        begins[row, column : column + count] = np.diff(documents, prepend=-1) != 0
+        if column + count < seq_len:
+            begins[row, column + count] = True
+    begins[:, 0] = True
+    for row in range(5):
+        starts = np.flatnonzero(begins[row]).tolist()
+        for number, (a, b) in enumerate(itertools.pairwise([*starts, seq_len])):
+            assert batch.doc_ids[row, a:b].tolist() == [number] * (b - a)
+            assert batch.positions[row, a:b].tolist() == list(range(b - a))
+
+
+@given(lengths=lengths, seq_len=st.integers(1, 20), max_tokens=st.none() | st.integers(1, 100))
+def test_an_evaluation_with_a_mask_reads_the_same_targets(
+    split: Split, lengths: list[int], seq_len: int, max_tokens: int | None
+) -> None:
+    tokens = split(*lengths)
+    masked = list(validation_batches(tokens, seq_len, 3, max_tokens, True))
+    for one, other in zip(masked, validation_batches(tokens, seq_len, 3, max_tokens), strict=True):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.targets, other.targets)
+        assert one.doc_ids is not None and one.positions is not None
+        starts = one.positions == 0
+        assert torch.equal(starts[:, 1:], one.doc_ids.diff(dim=1) == 1)
+
+
+# Reading ahead
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": "documents", "document_mask": True}], ids=str)
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 40), (7, 3000), (5, 4)])
+def test_what_is_read_ahead_is_what_each_step_asks_for(
+    split: Split, first: int, last: int, settings: dict[str, Any]
+) -> None:
+    loader = loading({"a": (split(300, 50), 0.5), "b": (split(40, 40, 41), 0.5)}, 16, 8, seed=2, **settings)
+    batches = list(prefetched(loader, first, last))
+    assert len(batches) == last - first + 1
+    for step in {
+        *range(first, min(first + 20, last + 1)),
+        *range(first, last + 1, 97),
+        *range(last, last + 1 - len(batches[:1]), -1),
+    }:
+        assert same(batches[step - first], loader.batch(step))
+
+
+def test_an_error_while_reading_ahead_is_raised_where_batches_are_asked_for(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = loading(split(5000), 16, 1024, seed=1)
+    portions = loader.portions
+
+    def failing(*args: Any) -> Iterator[list[Batch]]:
+        yield next(portions(*args))
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(loader, "portions", failing)
+    batches = prefetched(loader, 1, 1000)
+    next(batches)
+    with pytest.raises(OSError, match="the disk went away"):
+        list(batches)
+    assert not reading()
+
+
+def reading() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
+def test_reading_ahead_is_bounded_and_ends_with_who_asks(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = loading(split(5000), 64, 4096, seed=1)  # a batch is a portion
+    portions, made = loader.portions, []
+
+    def counted(*args: Any) -> Iterator[list[Batch]]:
+        for portion in portions(*args):
+            made.append(portion)
+            yield portion
+
+    monkeypatch.setattr(loader, "portions", counted)
+    batches = prefetched(loader, 1, 10**9)
+    for _ in range(3):
+        next(batches)
+    deadline = time.monotonic() + 20
+    while len(made) < 3 + WAITING and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(made) <= 3 + WAITING + 1
+    assert len(reading()) == 1
+    batches.close()  # type: ignore[attr-defined]
+    assert not reading()
+
+
+def test_an_iterator_left_open_does_not_hold_up_the_end_of_the_program() -> None:
+    script = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import MemorySplit
+from test_data import loading
+from gpt.data import prefetched
+batches = prefetched(loading(MemorySplit([5000]), 64, 512, seed=1), 1, 10**9)
+next(batches)
+"""
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, check=True, timeout=60
+    )
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "either path .* or mixture .* got neither"),
+        ({"path": "x", "mixture": {"a": 1.0}}, "got both"),
+        ({"mixture": {"a": 0.7, "b": 0.2}}, r"sum to 1, got \{a: 0.7, b: 0.2\}, which sum to 0.9"),
+        ({"mixture": {"a": 1.5, "b": -0.5}}, "shares above 0"),
+        ({"mixture": {}}, "shares above 0"),
+        ({"mixture": {"a": 1.0}, "sources": {"x": 1.0}}, "sources are shares within one data set"),
+        ({"path": "x", "sources": {"a": 0.5}}, "which sum to 0.5"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_with_what_was_got(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DataConfig.model_validate(settings)
 
 
 # Validation
@@ -192,7 +400,7 @@ def test_a_data_set_on_disk_is_read_like_one_in_memory(split: Split, tmp_path: P
             settings={},
         )
     disk = TokenSet(tmp_path / "set", "train")
-    a, b = Loader(disk, 7, 4, seed=2), Loader(memory, 7, 4, seed=2)
+    a, b = loading(disk, 7, 4, seed=2), loading(memory, 7, 4, seed=2)
     for step in range(1, 10):
         assert torch.equal(a.batch(step).tokens, b.batch(step).tokens)
         assert torch.equal(a.batch(step).targets, b.batch(step).targets)
@@ -218,7 +426,83 @@ def test_only_what_train_spans_cover_is_learned(tmp_path: Path) -> None:
             sources=["chat"],
             settings={},
         )
-    loader = Loader(TokenSet(tmp_path / "chat", "train"), 16, 8, seed=3)  # one epoch a step
+    loader = loading(TokenSet(tmp_path / "chat", "train"), 16, 8, seed=3)  # one epoch a step
     batch = loader.batch(1)
     learned = batch.targets[batch.targets != IGNORED]
     assert sorted(learned.tolist()) == sorted([*ids[10:20], *ids[70:90]])
+
+
+# Opening
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets a and b of one tokenizer, and c of another; a has sources x and y, b has z."""
+    root = tmp_path_factory.mktemp("shelf")
+    vocabularies = {name: train(["to be or not to be " * 20, name], "char", None) for name in ("ab", "c!")}
+    for name, vocabulary, sources in (("a", "ab", ["x", "y"]), ("b", "ab", ["z"]), ("c", "c!", ["z"])):
+        tokenizer = vocabularies[vocabulary]
+        with durable.Directory(root / name) as directory:
+            seals: dict[str, Any] = {"vocab_size": tokenizer.size, "tokenizer_sha256": tokenizer.sha256}
+            splits = {}
+            for split, n in (("train", 60), ("val", 40)):
+                ids = [tokenizer.start_id, *tokenizer.encode("to be or not to be")]
+                documents = [Document(ids, 18, i * len(sources) // n) for i in range(n)]
+                splits[split] = [write_shard(directory, f"{split}-00000.tok", documents, **seals)]
+            for file, data in tokenizer.files().items():
+                directory.write(file, [data])
+            write_manifest(
+                directory, **seals, start_id=tokenizer.start_id, splits=splits, sources=sources, settings={"is": name}
+            )
+    return root
+
+
+def test_a_data_set_opens_as_one_part(shelf: Path) -> None:
+    data = open_data(DataConfig(path=str(shelf / "a"), seq_len=8))
+    assert [(part.name, part.weight) for part in data.parts] == [(str(shelf / "a"), 1.0)]
+    assert data.n_tokens == 60 * 19 and data.fingerprint == TokenSet(shelf / "a", "train").fingerprint
+    assert data.tokenizer.sha256 == data.parts[0].val.tokenizer_sha256
+
+
+def test_a_mixture_opens_as_its_data_sets(shelf: Path) -> None:
+    mixture = {str(shelf / "a"): 0.25, str(shelf / "b"): 0.75}
+    data = open_data(DataConfig(mixture=mixture, seq_len=8))
+    assert {part.name: part.weight for part in data.parts} == mixture
+    other = open_data(DataConfig(mixture={str(shelf / "b"): 0.5, str(shelf / "a"): 0.5}, seq_len=8))
+    alone = open_data(DataConfig(mixture={str(shelf / "a"): 1.0}, seq_len=8))
+    assert len({data.fingerprint, other.fingerprint, alone.fingerprint}) == 3
+    assert Loader(data, DataConfig(mixture=mixture, seq_len=8), 4, 1).batch(3).tokens.shape == (4, 8)
+
+
+def test_shares_of_sources_open_as_views_of_them(shelf: Path) -> None:
+    config = DataConfig(path=str(shelf / "a"), sources={"y": 0.5, "x": 0.5}, seq_len=8)
+    data = open_data(config)
+    assert [(part.name, part.n_tokens, part.val.n_tokens) for part in data.parts] == [
+        ("y", 30 * 19, 20 * 19),
+        ("x", 30 * 19, 20 * 19),
+    ]
+    assert Loader(data, config, 4, 1).batch(3).tokens.shape == (4, 8)
+
+
+def test_what_does_not_belong_together_is_refused_with_what_to_do(shelf: Path, tmp_path: Path) -> None:
+    a, b, c = (str(shelf / name) for name in "abc")
+    for settings, words in (
+        ({"mixture": {a: 0.5, c: 0.5}}, "different tokenizers; prepare one again: --tokenizer"),
+        ({"path": a, "sources": {"x": 0.5, "w": 0.5}}, "no training documents of 'w'; data.sources may name 'x', 'y'"),
+        ({"path": a, "seq_len": 1000}, r"validation split has 760 tokens, fewer than data.seq_len \(1000\)"),
+        ({"path": a, "tokenizer": b}, "prepared with a tokenizer and has it; remove data.tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_data(DataConfig(**({"seq_len": 8} | settings)))
+    with pytest.raises(FileNotFoundError, match="is not a prepared data set"):
+        open_data(DataConfig(mixture={a: 0.5, str(tmp_path): 0.5}))
+
+
+def test_token_files_of_others_train_where_they_are(shelf: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(shelf / "a")
+    ids = [*tokenizer.encode("to be or not to be"), tokenizer.start_id]
+    for split in ("train", "val"):
+        np.array(ids * 50, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    config = DataConfig(path=str(tmp_path), tokenizer=str(shelf / "a"), seq_len=19, packing="documents")
+    batch = Loader(open_data(config), config, 3, 1).batch(1)
+    assert batch.tokens.tolist() == [[ids[-1], *ids[:-1]]] * 3 and batch.targets.tolist() == [ids] * 3

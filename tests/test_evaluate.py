@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from gpt.evaluate import EvalConfig, Evaluation, evaluate
+from gpt.data import Data, Part
+from gpt.evaluate import EvalConfig, Evaluation, evaluate, evaluated, limits, views
 from gpt.loss import NextToken
 from gpt.model import GPT
 from gpt.shards import TokenSet
@@ -26,7 +29,9 @@ def scored(
     dtype: str = "float32",
 ) -> Evaluation:
     config = EvalConfig(tokens=max_tokens)
-    return evaluate(NextToken(model), tokens, config, seq_len=seq_len, batch_rows=batch_rows, device="cpu", dtype=dtype)
+    return evaluate(
+        NextToken(model), {"text": tokens}, config, seq_len=seq_len, batch_rows=batch_rows, device="cpu", dtype=dtype
+    )
 
 
 @torch.inference_mode()
@@ -37,7 +42,8 @@ def slowly(model: GPT, ids: list[int], seq_len: int, n_bytes: int) -> Evaluation
         window = ids[start : start + seq_len]
         log_p = model(torch.tensor([window]))[0].double().log_softmax(dim=-1)
         nats -= sum(log_p[i, ids[(start + i + 1) % len(ids)]].item() for i in range(len(window)))
-    return Evaluation(val_loss=nats / len(ids), val_bpb=nats / math.log(2) / n_bytes)
+    bpb = nats / math.log(2) / n_bytes
+    return Evaluation(val_loss=nats / len(ids), val_bpb=bpb, sources={"text": bpb})
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 8, 32])
@@ -86,7 +92,7 @@ def test_an_evaluation_is_without_dropout_and_leaves_the_mode_as_found(
 ) -> None:
     model, tokens = build(dropout=0.5).train(training), split(*LENGTHS)
     objective = NextToken(model).train(training)
-    score = evaluate(objective, tokens, EvalConfig(), seq_len=8, batch_rows=2, device="cpu", dtype="float32")
+    score = evaluate(objective, {"text": tokens}, EvalConfig(), seq_len=8, batch_rows=2, device="cpu", dtype="float32")
     assert score == scored(build(), tokens, batch_rows=2)
     assert all(module.training is training for module in objective.modules())
 
@@ -96,3 +102,59 @@ def test_an_evaluation_leaves_no_gradient_and_draws_nothing(build: Build, split:
     scored(model, split(*LENGTHS))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Several sources
+
+
+def test_sources_add_up_to_the_whole(build: Build, split: Split) -> None:
+    model, parts = build(), {"a": split(9, 1), "b": split(20), "c": split(14, 3, 8)}
+    every = EvalConfig()
+    at = {"seq_len": 8, "batch_rows": 3, "device": "cpu", "dtype": "float32"}
+    whole = evaluate(NextToken(model), parts, every, **at)
+    alone = {name: evaluate(NextToken(model), {name: tokens}, every, **at) for name, tokens in parts.items()}
+    assert whole.sources == {name: score.val_bpb for name, score in alone.items()}
+    n_bytes = {name: tokens.n_bytes for name, tokens in parts.items()}
+    n_tokens = {name: tokens.n_tokens for name, tokens in parts.items()}
+    bits, nats = (
+        sum(n_bytes[name] * score.val_bpb for name, score in alone.items()),
+        sum(n_tokens[name] * score.val_loss for name, score in alone.items()),
+    )
+    assert whole.val_bpb == pytest.approx(bits / sum(n_bytes.values()), rel=1e-9)
+    assert whole.val_loss == pytest.approx(nats / sum(n_tokens.values()), rel=1e-9)
+
+
+def test_a_limit_is_shared_in_proportion_and_every_source_is_read(split: Split) -> None:
+    parts = {"large": split(*[10] * 80), "small": split(*[10] * 20), "one": split(5)}
+    each = limits(parts, 100)
+    assert each["large"] == pytest.approx(4 * each["small"], abs=3) and each["one"] >= 1
+    assert evaluated(parts, 100) == 80 + 20 + 5
+    assert evaluated(parts, 1) == 10 + 10 + 5, "a document of each"
+    assert evaluated(parts, None) == evaluated(parts, 10**9) == 1005
+    alone = {"text": split(*LENGTHS)}
+    assert limits(alone, 10) == {"text": 10}
+
+
+def test_sources_are_named_by_their_data_set_where_there_are_several(split: Split) -> None:
+    def part(name: str, *by: int) -> Part:
+        tokens = replace(split(*[5] * len(by), by=by), path=Path(name))
+        return Part(name, tokens, tokens)
+
+    def names(*parts: Part) -> list[str]:
+        return list(views(Data(list(parts), None, "")))  # type: ignore[arg-type]
+
+    assert names(part("data/a", 0, 1, 1)) == ["memory", "another"]
+    assert names(part("data/a", 0)) == ["memory"]
+    assert names(part("data/a", 0), part("data/b", 1, 2)) == ["data/a", "data/b/another", "data/b/third"]
+
+
+def test_documents_are_scored_alone_where_the_mask_says_so(build: Build, split: Split) -> None:
+    """In a window the second document does not see the first."""
+    model, tokens = build(), split(5, 3)
+    at = {"seq_len": 8, "batch_rows": 1, "device": "cpu", "dtype": "float32"}
+    ours = evaluate(NextToken(model), {"text": tokens}, EvalConfig(), **at, document_mask=True)
+    ids = tokens.read(0, 8).tolist()
+    alone = [slowly(model, part, 8, 10 * len(part)) for part in (ids[:5], ids[5:])]
+    assert ours.val_loss == pytest.approx(sum(s.val_loss * n for s, n in zip(alone, (5, 3), strict=True)) / 8, rel=1e-6)
+    unmasked = evaluate(NextToken(model), {"text": tokens}, EvalConfig(), **at)
+    assert abs(unmasked.val_loss - ours.val_loss) > 1e-3

@@ -352,3 +352,17 @@ def test_the_real_wandb_offline_records_a_resumed_run_and_no_secret(opened, tmp_
     everything = b"".join(path.read_bytes() for path in files)
     for secret in (b"hunter2-environment", b"hunter2-argument", b"import pytest", Path(__file__).name.encode()):
         assert secret not in everything
+
+
+def test_the_scores_of_several_sources_are_recorded_shown_and_sent_one_by_one(opened, fake, tmp_path):
+    module = fake()
+    log, shown = opened(wandb=WandbConfig())
+    with log:
+        log.eval(10, tokens=40, val_loss=3.0, val_bpb=2.0, sources={"poems": 2.5, "plays": math.nan})
+        log.eval(20, tokens=80, val_loss=3.0, val_bpb=2.0, sources={"poems": 2.0})
+    several, one = lines(tmp_path)
+    assert several["sources"] == {"poems": 2.5, "plays": None}
+    assert "sources" not in one
+    assert "val_bpb 2.0000  poems 2.5000  plays nan" in shown.getvalue()
+    assert module.records[0]["eval/sources/poems"] == 2.5
+    assert "eval/sources/poems" not in module.records[1]

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.model import (
@@ -21,6 +22,8 @@ from gpt.model import (
     _attend_written_out,
     attend,
     rotate,
+    same_document,
+    same_document_blocks,
 )
 
 Build = Callable[..., GPT]
@@ -475,3 +478,56 @@ def test_a_few_steps_learn_a_batch_by_heart(build: Build, tokens: Tokens) -> Non
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.05
+
+
+# FlexAttention's description of a document mask
+
+
+def packed_documents(rows: int, length: int, longest: int, seed: int = 0) -> Tensor:
+    """(rows, length) document numbers that ascend along a row."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(rows, length, generator=generator) < 2 / longest).cumsum(dim=-1)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("length", [1, 5, 128, 200, 384])
+@pytest.mark.parametrize("longest", [3, 60, 10**6])
+def test_flex_attention_computes_the_mask_of_every_pair(length: int, longest: int) -> None:
+    ids = packed_documents(2, length, longest)
+    q, k, v = (torch.randn(2, heads, length, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    ours = attend(q, k, v, same_document_blocks(ids, flex_attention))
+    torch.testing.assert_close(ours, attend(q, k, v, same_document(ids)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [3, 60, 300, 10**6])
+def test_blocks_are_those_that_torch_finds_by_looking_at_every_pair(longest: int) -> None:
+    """Those without a visible pair are skipped; those with no hidden pair are computed without a mask."""
+    ids = packed_documents(3, 640, longest, seed=1)
+    ids[1] = ids[1].flip(0)  # numbers need not ascend
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (ids[b, q] == ids[b, k])
+
+    ours = same_document_blocks(ids, flex_attention).blocks
+    torchs = create_block_mask(seen, 3, None, 640, 640, device="cpu")
+    assert ours is not None
+    assert torch.equal(ours.to_dense(), torchs.to_dense())
+    assert torch.equal(ours.full_kv_num_blocks, torchs.full_kv_num_blocks)
+    for name in ("q_num_blocks", "full_q_num_blocks"):  # the backward pass goes by these
+        assert torch.equal(getattr(ours, name), getattr(torchs, name))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.inference_mode()
+def test_a_document_has_the_same_logits_alone_and_packed_by_either_kernel(build: Build, tokens: Tokens) -> None:
+    lengths = [7, 1, 15, 9]
+    x, model = tokens(1, 32), build(n_kv_head=2)
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    dense = model(x, positions, ids)
+    model.model.flex = flex_attention
+    flex = model(x, positions, ids)
+    for start, n in zip([0, 7, 8, 23], lengths, strict=True):
+        alone = model(x[:, start : start + n])
+        for packed in (dense, flex):
+            assert (packed[:, start : start + n] - alone).abs().max() < 1e-4

@@ -1,7 +1,6 @@
 """A data set is a pure function of text, tokenizer and settings, whatever happens while it is made; bad input is told."""
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gpt import config, corpus, durable, prepare, signals
+from gpt import config, corpus, durable, prepare, scan, signals, workers
 from gpt.prepare import PrepareConfig, Report
 from gpt.shards import TokenSet
 from gpt.tokenizer import END, Tokenizer
@@ -81,8 +80,8 @@ def documents(path: Path, split: str) -> list[str]:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(scan, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(workers, "BATCH_BYTES", 1000)
 
 
 @pytest.fixture(scope="module")
@@ -162,26 +161,6 @@ def test_the_tokenizer_sees_no_validation_text(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "tail").split_characters("aXYZ") == ["X", "Y", "Z"]
 
 
-def test_a_bounded_sample_does_not_depend_on_the_order_of_the_text(tmp_path: Path) -> None:
-    texts = [poem(i) for i in range(200)]
-    samples = []
-    for order in (texts, texts[::-1]):
-        sample = prepare.Sample(4000, seed=7)
-        for i, each in enumerate(order):
-            document = corpus.Document(each, each.encode(), 0, 0)
-            sample.add(document, hashlib.sha256(document.utf8).digest(), i)
-        samples.append(sorted(sample.texts(prepare.Split("given", 0, 0))))
-    assert samples[0] == samples[1]
-    assert 3000 < len("".join(samples[0]).encode()) <= 4000
-
-
-def test_a_long_document_is_drawn_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "SAMPLE_CHARACTERS", 10)
-    sample, text = prepare.Sample(1000, seed=1), "0123456789" * 1000
-    sample.add(corpus.Document(text, text.encode(), 0, 0), bytes(32), 0)
-    assert len(sample.texts(prepare.Split("given", 0, 0))) == 100
-
-
 @pytest.mark.parametrize("kind", ["char", "word"])
 def test_the_simplest_vocabularies_tell_what_they_do_not_know(tmp_path: Path, kind: Any) -> None:
     (tmp_path / "a.txt").write_text("ab cd " * 299 + "zz")
@@ -209,23 +188,6 @@ def test_the_example_cannot_command_the_terminal(tmp_path: Path) -> None:
     assert "\x1b[2J" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_progress_is_a_bar_on_a_terminal_and_lines_with_speed_and_time_left_elsewhere(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = iter([0.0, 1.0, 11.0, 12.0])
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
-    console = Console(file=io.StringIO(), width=80)
-    with prepare.Meter(console, "reading", 200_000_000) as meter:
-        for _ in range(3):
-            meter.advance(55_000_000)
-    assert console.file.getvalue() == "reading  110/200 MB  10.0 MB/s  eta 00:00:09\n"  # type: ignore[attr-defined]
-    monkeypatch.undo()
-    console = Console(file=io.StringIO(), width=80, force_terminal=True)
-    with prepare.Meter(console, "reading", 10) as meter:
-        meter.advance(5)
-    assert "reading" in console.file.getvalue() and "━" in console.file.getvalue()  # type: ignore[attr-defined]
-
-
 # The same bytes
 
 
@@ -234,8 +196,8 @@ def golden(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
     """The data set of `text` in small chunks, made undisturbed."""
     out = tmp_path_factory.mktemp("golden") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "CHUNK_BYTES", 3000)
-        patch.setattr(prepare, "BATCH_BYTES", 1000)
+        patch.setattr(scan, "CHUNK_BYTES", 3000)
+        patch.setattr(workers, "BATCH_BYTES", 1000)
         run(settings(text), out)
         yield content(out)
 
@@ -253,13 +215,13 @@ def test_threads_and_the_place_change_no_byte(
 def test_processes_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     """Real chunks, so that worker processes, which do not see this one's patches, cut them alike."""
     (tmp_path / "a.txt").write_text("".join(poem(i) + "|" for i in range(400)))
-    for workers in (1, 2):
+    for n in (1, 2):
         code = (
-            "import io; from pathlib import Path; from rich.console import Console; from gpt import prepare\n"
+            "import io; from pathlib import Path; from rich.console import Console; from gpt import prepare, scan\n"
             "if __name__ == '__main__':\n"
-            "    prepare.CHUNK_BYTES = 9000\n"
-            f"    settings = prepare.PrepareConfig(input=[{{'path': 'a.txt', 'separator': '|'}}], workers={workers})\n"
-            f"    prepare.prepare(settings, Path('set{workers}'), console=Console(file=io.StringIO()))\n"
+            "    scan.CHUNK_BYTES = 9000\n"
+            f"    settings = prepare.PrepareConfig(input=[{{'path': 'a.txt', 'separator': '|'}}], workers={n})\n"
+            f"    prepare.prepare(settings, Path('set{n}'), console=Console(file=io.StringIO()))\n"
         )
         (tmp_path / "make.py").write_text(code)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -338,19 +300,19 @@ class NoSecondRename(durable.FileSystem):
 def test_finished_chunks_are_used_again(
     text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, done = prepare.encode_chunk, []
+    real, done = workers.encode_chunk, []
 
-    def encode(task: prepare.Task, *rest: Any) -> None:
+    def encode(job: workers.Job, number: int, *rest: Any) -> None:
         if len(done) == 2:
             raise signals.Stopped("stopped")
-        done.append(task.number)
-        real(task, *rest)
+        done.append(number)
+        real(job, number, *rest)
 
-    monkeypatch.setattr(prepare, "encode_chunk", encode)
+    monkeypatch.setattr(workers, "encode_chunk", encode)
     with pytest.raises(signals.Stopped):
         run(settings(text), tmp_path / "set")
     assert not (tmp_path / "set").exists()
-    monkeypatch.setattr(prepare, "encode_chunk", lambda task, *rest: (done.append(task.number), real(task, *rest)))
+    monkeypatch.setattr(workers, "encode_chunk", lambda job, n, *rest: (done.append(n), real(job, n, *rest)))
     run(settings(text), tmp_path / "set")
     assert sorted(done) == list(range(max(done) + 1))
 
@@ -358,11 +320,11 @@ def test_finished_chunks_are_used_again(
 def test_other_settings_start_anew(
     text: Path, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_write_manifest", lambda *_: (_ for _ in ()).throw(Crash()))
+    monkeypatch.setattr(prepare, "write_manifest", lambda *_, **__: (_ for _ in ()).throw(Crash()))
     with pytest.raises(Crash):
         run(settings(text, vocab_size=280), tmp_path / "set")
     monkeypatch.undo()
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(scan, "CHUNK_BYTES", 3000)
     run(settings(text), tmp_path / "set")
     run(settings(text), tmp_path / "other")
     assert content(tmp_path / "set") == content(tmp_path / "other")
@@ -408,14 +370,14 @@ def test_two_preparations_of_one_data_set_are_refused(text: Path, tmp_path: Path
 
 def test_text_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one text " * 99)
-    real = prepare._tokenizer_and_split
+    real = prepare._split_with_tokenizer
 
     def change(*args: Any) -> Any:
         (tmp_path / "a.txt").write_text("two text " * 99)
         return real(*args)
 
-    monkeypatch.setattr(prepare, "_tokenizer_and_split", change)
-    with pytest.raises(ValueError, match="the input changed while it was prepared"):
+    monkeypatch.setattr(prepare, "_split_with_tokenizer", change)
+    with pytest.raises(ValueError, match="changed while it was prepared"):
         run(settings(tmp_path / "a.txt", vocab_size=None), tmp_path / "set")
 
 
@@ -451,7 +413,7 @@ def test_an_input_list_may_mix_strings_and_sections(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         (["input={pth: a}"], "pth"),
-        (["input={}"], "exactly one of path, url and python"),
+        (["input={}"], "exactly one of path, url"),
         (["input=a", "vocab_size=500", "tokenizer=b"], "leave one of them out"),
         (["input=a", "val_fraction=1.5"], "val_fraction"),
         (["input=a", "kind=bbpe"], "did you mean 'bpe'"),
@@ -570,3 +532,178 @@ def test_a_killed_command_run_again_ends_with_the_same_bytes(tmp_path: Path, num
         assert "Traceback" not in said
     assert command("a.jsonl", "--out", "set", cwd=tmp_path).returncode == 0
     assert content(tmp_path / "set") == content(tmp_path / "golden")
+
+
+# Parts
+
+
+def mixed(path: Path) -> Path:
+    """A recipe over JSON lines, gzip, a directory of text and parquet, in a directory of its own."""
+    import pyarrow
+    import pyarrow.parquet
+
+    write_corpus(path / "texts")
+    rows = {"title": [f"title {i}" for i in range(60)], "lines": [poem(500 + i).split("\n") for i in range(60)]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path / "poems.parquet", row_group_size=16)
+    recipe = path / "mixed.yaml"
+    recipe.write_text(
+        "input:\n"
+        "- {path: texts/poems.jsonl, name: lines}\n"
+        "- {path: texts/more.jsonl.gz, name: packed}\n"
+        "- {path: 'texts/*.txt', name: files}\n"
+        "- {path: poems.parquet, template: '{title}\\n{lines}', name: columns}\n"
+        "vocab_size: 300\nduplicates: drop\n"
+    )
+    return recipe
+
+
+def test_parts_made_apart_and_merged_are_the_set_of_one_command(
+    tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = mixed(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config, quiet = prepare.load_recipe(recipe, ["workers=1"]), Console(quiet=True)
+    run(config, tmp_path / "whole")
+    out = tmp_path / "parts"
+    n = prepare.scan_only(config, out, console=quiet)
+    assert n > 4
+    prepare.make_part(config, out, 3, 4, console=quiet)
+    with pytest.raises(ValueError, match=rf"\d+ of {n} chunks are not encoded: 1, 2, 4, .*--part"):
+        prepare.merge(config, out, console=quiet)
+    for part in (4, 1, 3, 2):
+        prepare.make_part(config, out, part, 4, console=quiet)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / ".parts.preparing" / "set").glob("*.tok")}
+    prepare.merge(config, out, console=quiet)
+    assert content(out) == content(tmp_path / "whole")
+    assert {path.name: path.stat().st_ino for path in out.glob("*.tok")} == before  # nothing was copied
+    assert not (tmp_path / ".parts.preparing").exists()
+
+
+def test_a_part_needs_the_scan_of_its_own_settings(text: Path, tmp_path: Path) -> None:
+    quiet, out = Console(quiet=True), tmp_path / "set"
+    with pytest.raises(FileNotFoundError, match=r"nothing is scanned yet.*--scan"):
+        prepare.make_part(settings(text), out, 1, 2, console=quiet)
+    prepare.scan_only(settings(text), out, console=quiet)
+    with pytest.raises(ValueError, match=r"scanned with other settings.*--scan"):
+        prepare.make_part(settings(text, vocab_size=280), out, 1, 2, console=quiet)
+    with pytest.raises(ValueError, match="from 1 to N"):
+        prepare.make_part(settings(text), out, 3, 2, console=quiet)
+    prepare.make_part(settings(text, workers=2), out, 1, 1, console=quiet)  # workers change no byte
+    prepare.merge(settings(text), out, console=quiet)
+    assert TokenSet(out, "train").n_documents > 0
+
+
+def test_parts_run_beside_one_another_and_nothing_else_beside_them(text: Path, tmp_path: Path) -> None:
+    quiet, out = Console(quiet=True), tmp_path / "set"
+    prepare.scan_only(settings(text), out, console=quiet)
+    work = tmp_path / ".set.preparing"
+    with durable.Lock(work / "lock", "a part elsewhere", shared=True):
+        prepare.make_part(settings(text), out, 1, 1, console=quiet)
+        for command in (prepare.merge, prepare.scan_only, prepare.prepare):
+            with pytest.raises(ValueError, match="in use"):
+                command(settings(text), out, console=quiet)
+    with (
+        durable.Lock(work / "part-1-of-1.lock", "part 1"),
+        pytest.raises(ValueError, match="part 1 is in use by pid"),
+    ):
+        prepare.make_part(settings(text), out, 1, 1, console=quiet)
+
+
+def test_the_settings_of_vocabularies_that_grow_or_hold_ids_are_checked() -> None:
+    for changes, words in (
+        (["grow=10"], "name it with tokenizer"),
+        (["tokenizer=a", "grow=10", "add_tokens=b"], "use one"),
+        (["kind=ids"], "kind ids needs vocab_size"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            settings_of(["input=a", *changes])
+
+
+def settings_of(overrides: list[str]) -> PrepareConfig:
+    return config.load(PrepareConfig, None, overrides)
+
+
+def test_a_vocabulary_grows_on_new_text_and_keeps_its_ids(text: Path, tmp_path: Path) -> None:
+    run(settings(text), tmp_path / "old")
+    (tmp_path / "new.txt").write_text("zyzzyva quixotic " * 200 + "jabberwock " * 99)
+    old = Tokenizer.load(tmp_path / "old")
+    imported = {"tokenizer": str(tmp_path / "old"), "vocab_size": None}
+    run(settings(tmp_path / "new.txt", grow=5, **imported), tmp_path / "learned")
+    (tmp_path / "list.txt").write_text("quixotic\nzyzzyva\n")
+    run(settings(tmp_path / "new.txt", add_tokens=str(tmp_path / "list.txt"), **imported), tmp_path / "listed")
+    for name in ("learned", "listed"):
+        new = Tokenizer.load(tmp_path / name)
+        assert new.size >= old.size + 2
+        assert new.encode(poem(3)) == old.encode(poem(3))
+        lines = (tmp_path / name / "grown.tsv").read_text().splitlines()
+        assert len([line for line in lines if line.split("\t")[0].isdigit()]) == new.size - old.size
+    assert len(new.encode("zyzzyva")) == 1
+    rerun = settings(tmp_path / "new.txt", add_tokens=str(tmp_path / "list.txt"), **imported)
+    run(rerun, tmp_path / "listed")  # up to date
+    (tmp_path / "list.txt").write_text("quixotic\n")
+    with pytest.raises(ValueError, match="other text or settings"):
+        run(rerun, tmp_path / "listed")
+
+
+def test_sequences_of_integers_become_those_ids(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = [[rng.randrange(50) for _ in range(rng.randrange(1, 30))] for _ in range(40)]
+    (tmp_path / "clicks.jsonl").write_text("\n".join(json.dumps({"ids": row}) for row in rows))
+    values = [f"input={{path: {tmp_path / 'clicks.jsonl'}, ids: ids}}", "kind=ids", "vocab_size=50", "workers=1"]
+    run(settings_of(values), tmp_path / "set")
+    got = []
+    for split in ("train", "val"):
+        tokens = TokenSet(tmp_path / "set", split)
+        ends = [*tokens.document_starts[1:].tolist(), tokens.n_tokens]
+        for start, end in zip(tokens.document_starts.tolist(), ends, strict=True):
+            ids = tokens.read(start, end - start).tolist()
+            assert ids[0] == 50
+            got.append(ids[1:])
+    assert sorted(got) == sorted(rows)
+    (tmp_path / "clicks.jsonl").write_text(json.dumps({"ids": [3, 50]}))
+    with pytest.raises(ValueError, match=r"clicks\.jsonl: document 1: '50' is no id of a vocabulary of 50"):
+        run(settings_of(values), tmp_path / "bad")
+
+
+def test_what_was_left_out_is_told(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": t}) for t in [*(poem(i % 40) for i in range(60)), "", "x"]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    console = Console(file=io.StringIO(), width=200)
+    source = f"input={{path: {tmp_path / 'a.jsonl'}, min_chars: 2}}"
+    report = prepare.prepare(
+        settings_of([source, "duplicates=drop", "vocab_size=300", "workers=1"]), tmp_path / "set", console=console
+    )
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert sum(report.documents.values()) == len({poem(i) for i in range(40)})
+    assert "20 documents have the text of an earlier one: left out" in said
+    assert "1 documents were empty and left out" in said and "1 documents were too short and left out" in said
+
+
+@pytest.mark.slow
+def test_a_mixed_recipe_has_one_manifest_whatever_happens_to_it(tmp_path: Path) -> None:
+    """1, 2 and 3 workers, 4 parts merged, and a command killed twenty times: the same bytes."""
+    mixed(tmp_path)
+    rng = random.Random(5)
+    sets = []
+    for n in (1, 2, 3):
+        assert command("mixed.yaml", "--out", f"w{n}", "--workers", str(n), cwd=tmp_path).returncode == 0
+        sets.append(content(tmp_path / f"w{n}"))
+    assert command("mixed.yaml", "--out", "parts", "--scan", cwd=tmp_path).returncode == 0
+    for part in (2, 4, 1, 3):
+        assert command("mixed.yaml", "--out", "parts", "--part", f"{part}/4", cwd=tmp_path).returncode == 0
+    assert command("mixed.yaml", "--out", "parts", "--merge", cwd=tmp_path).returncode == 0
+    sets.append(content(tmp_path / "parts"))
+    for _ in range(20):
+        line = [sys.executable, str(ROOT / "data" / "prepare.py"), "mixed.yaml", "--out", "killed"]
+        process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.1, 1.5))
+        process.kill()
+        process.wait(timeout=60)
+        if (tmp_path / "killed").exists():
+            sets.append(content(tmp_path / "killed"))
+            for file in (tmp_path / "killed").iterdir():
+                file.unlink()
+            (tmp_path / "killed").rmdir()
+    assert command("mixed.yaml", "--out", "killed", cwd=tmp_path).returncode == 0
+    sets.append(content(tmp_path / "killed"))
+    assert all(each == sets[0] for each in sets)

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,16 +188,20 @@ def mutants(whole: bytes, n: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["train-00000.tok", "manifest.json"])
-def test_random_damage_ends_in_a_clear_error_or_the_right_data(small: Path, name: str, n: int) -> None:
-    file = small / name
+@pytest.mark.parametrize("part", ["shard", "index", "manifest"])
+def test_random_damage_ends_soon_in_a_clear_error_or_the_right_data(small: Path, part: str, n: int) -> None:
+    file = small / ("manifest.json" if part == "manifest" else "train-00000.tok")
     whole, before = file.read_bytes(), everything(small)
-    for data in mutants(whole, n):
-        file.write_bytes(data)
+    shard = TokenSet(small, "train").shards[0]
+    low, high = (shard._index_at, shard._spans_at) if part == "index" else (0, len(whole))
+    for data in mutants(whole[low:high], n):
+        file.write_bytes(whole[:low] + data + whole[high:])
+        began = time.monotonic()
         try:
             assert everything(small) == before
         except CorruptError as error:
-            assert name in str(error)
+            assert file.name in str(error)
+        assert time.monotonic() - began < 2
 
 
 def test_a_shard_sealed_again_with_other_numbers_is_refused(small: Path) -> None:
@@ -273,6 +278,37 @@ def test_a_block_is_hashed_once_and_damage_elsewhere_does_not_matter_to_it(
     assert found.read(1_200_000, 5).tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(CorruptError, match=r"train-00000\.tok"):
         found.verify()
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int32])
+@pytest.mark.parametrize("width", [1, 7, 40, 700_000])
+def test_rows_read_together_are_those_read_alone(tmp_path: Path, large: Path, dtype: type, width: int) -> None:
+    parts = [documents(seed, 40, 500) for seed in range(3)]
+    found = TokenSet(large if width > 40 else write(tmp_path / "set", parts), "train")
+    for _ in range(2):  # blocks not seen before, and seen
+        starts = np.random.default_rng(width).integers(0, found.n_tokens - width + 1, 60 if width <= 40 else 2)
+        rows = np.empty((len(starts), width), dtype)
+        found.read_rows(starts, rows)
+        assert rows.tolist() == [found.read(start, width).tolist() for start in starts.tolist()]
+    found.read_rows(starts[:0], rows[:0])
+    for wrong in (-1, found.n_tokens - width + 1):
+        with pytest.raises(IndexError):
+            found.read_rows(np.array([0, wrong]), rows[:2])
+
+
+def test_damage_and_truncation_are_found_when_rows_are_read_together(large: Path) -> None:
+    file, rows = large / "train-00000.tok", np.empty((2, 9), np.int64)
+    with file.open("r+b") as raw:
+        raw.seek((1 << 20) + 77)
+        raw.write(b"\xff\xff")
+    found = TokenSet(large, "train")
+    for _ in range(2):
+        with pytest.raises(CorruptError, match="bytes 1048576 to 2097152 are not what was written"):
+            found.read_rows(np.array([0, 600_000]), rows)
+        found.read_rows(np.array([0, 400_000]), rows)
+    os.truncate(file, 5000)
+    with pytest.raises(CorruptError, match="truncated"):
+        found.read_rows(np.array([0, 400_000]), rows)
 
 
 def test_a_shard_cut_off_while_open_is_an_error_and_no_crash(large: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -319,3 +320,80 @@ def test_a_place_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Tokenizer.load(tmp_path / "no")
+
+
+# Vocabularies of ids
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tokenizer:
+    return train([], "ids", 60)
+
+
+def test_ids_are_decimal_numbers_with_spaces_between(tmp_path: Path, ids: Tokenizer) -> None:
+    assert ids.encode("12 57\n3\t0  12") == [12, 57, 3, 0, 12]
+    assert ids.decode([12, 57, 3]) == "12 57 3"
+    assert (ids.start_id, ids.end_id, ids.size, ids.unknown_id) == (60, 60, 61, None)
+    assert [ids.piece(i) for i in (7, 60)] == ["7", END]
+    agree(tmp_path, ids, ["", "1", "0 59 3"])
+
+
+@given(st.lists(st.integers(0, 59)))
+def test_any_ids_come_back(ids: Tokenizer, some: list[int]) -> None:
+    text = " ".join(map(str, some))
+    assert ids.encode(text) == some
+    assert ids.decode(some) == text
+
+
+def test_a_stream_of_ids_goes_on_after_its_prompt(ids: Tokenizer) -> None:
+    for prompt in ([60], [60, 12], [60, 12, 57]):
+        stream = ids.stream(prompt)
+        text = "".join(stream.push(token) or "" for token in (3, 4)) + stream.flush()
+        assert ids.decode(prompt) + text == ids.decode([*prompt, 3, 4])
+
+
+@pytest.mark.parametrize("word", ["60", "-1", "007", "x", END, "1.5", "٣", "9" * 100])
+def test_what_is_no_id_of_the_vocabulary_is_named(ids: Tokenizer, word: str) -> None:
+    message = re.escape(f"{word[:40]!r} is no id of this vocabulary: expected 0 to 59")
+    for encode in (ids.encode, lambda text: ids.encode_batch(["1", text]), lambda text: ids.encode_each([text])):
+        with pytest.raises(ValueError, match=message):
+            encode(f"3 {word} 4")
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_a_vocabulary_of_ids_needs_a_size(size: int | None) -> None:
+    with pytest.raises(ValueError, match="say how many ids there are"):
+        train(["1 2 3"], "ids", size)
+
+
+# Bytes, words and control tokens
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "word"])
+def test_byte_lengths_are_those_of_every_token(kind: Kind) -> None:
+    tokenizer = train([TEXT], kind, None)
+    assert tokenizer.byte_lengths.tolist() == [len(tokenizer.token_bytes(i)) for i in range(tokenizer.size)]
+    assert tokenizer.byte_lengths[tokenizer.encode(TEXT)].sum() == len(TEXT.encode())
+    assert not tokenizer.byte_lengths[list(tokenizer.control_ids)].any()
+
+
+@pytest.mark.parametrize("limit", [4, 1 << 17])
+def test_words_are_the_ids_and_where_pre_tokens_begin(
+    bpe: Tokenizer, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizers, "PIECE_CHARACTERS", limit)
+    for text in [TEXT, *AWKWARD]:
+        ids, words = bpe.words(text)
+        assert ids.tolist() == bpe.encode(text)
+        assert [*dict.fromkeys(words.tolist())] == [*range(words[-1] + 1 if len(words) else 0)]
+        pieces = [b"" for _ in dict.fromkeys(words.tolist())]
+        for token, word in zip(ids.tolist(), words.tolist(), strict=True):
+            pieces[word] += bpe.token_bytes(token)
+        assert all(bpe.encode(piece.decode()) for piece in pieces)
+
+
+def test_a_vocabulary_that_finds_control_tokens_in_text_is_refused(tmp_path: Path) -> None:
+    raw = raw_of(train([], "ids", 3))
+    raw["model"]["vocab"][END] = 3
+    with pytest.raises(ValueError, match=r"the text '<\|endoftext\|>' would become the control token of that name"):
+        Tokenizer.load(write(tmp_path, raw))

@@ -1,15 +1,18 @@
+import io
 import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from gpt import config, prepare, signals, trainer
+from gpt import config, prepare, settle, signals, trainer
 from gpt.checkpoint import load_weights
 from gpt.evaluate import Evaluation
 from gpt.run import RunDirectory
+from gpt.shards import TokenSet
 from gpt.trainer import TrainConfig, train, update
 
 CONSOLE = Console(quiet=True)
@@ -256,12 +259,6 @@ def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(here: Path) 
     train(tune, console=CONSOLE)  # and it resumes without complaint
 
 
-def test_another_shape_than_the_source_s_is_refused(here: Path) -> None:
-    train(settings("train.steps=4"), console=CONSOLE)
-    with pytest.raises(ValueError, match=r"remove model.d_model"):
-        train(settings("name=other", "init_from=runs/tiny", "model.d_model=64"), console=CONSOLE)
-
-
 def test_the_resolved_settings_of_a_fine_tuned_run_train_it_again(here: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     train(settings("name=tuned", "init_from=runs/tiny", "train.steps=4"), console=CONSOLE)
@@ -292,7 +289,7 @@ def test_settings_that_contradict_the_choices_beside_them_are_refused(here: Path
 def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = config.load(TrainConfig, Path("tiny.yaml"), ["train.steps=null", "train.time=3s", "eval.every=1000"])
     stop_at(monkeypatch, 5)
-    monkeypatch.setattr(trainer, "PROBE_UPDATES", 3)
+    monkeypatch.setattr(settle, "PROBE_UPDATES", 3)
     with pytest.raises(signals.Stopped):
         train(timed, console=CONSOLE)
     steps = config.load(TrainConfig, Path("runs/tiny/config.yaml")).choices.steps
@@ -312,3 +309,106 @@ def test_another_data_set_under_the_same_path_is_refused_on_resume(here: Path, d
     prepare.prepare(recipe, here / "data" / "tiny", console=CONSOLE)
     with pytest.raises(ValueError, match="fingerprint"):
         train(settings("train.steps=4"), console=CONSOLE)
+
+
+# More than one data set, packing, token files
+
+
+def write_characters(path: Path, words: list[str], seed: int) -> None:
+    """A set as nanoGPT prepares characters: bare uint16 ids and, once converted, a meta.json."""
+    path.mkdir(parents=True)
+    chars = sorted(set(" .\nabcdefghijklmnopqrstuvwxyz"))
+    stoi = {c: i for i, c in enumerate(chars)}
+    (path / "meta.json").write_text(json.dumps({"vocab_size": len(chars), "stoi": stoi}))
+    draw = random.Random(seed)
+    for split, n in (("train", 1500), ("val", 150)):
+        text = " ".join(draw.choices(words, k=n)) + ".\n"
+        (path / f"{split}.bin").write_bytes(np.array([stoi[c] for c in text], "<u2").tobytes())
+
+
+MIXED = ("data.path=null", "data.mixture={data/cats: 0.7, data/plants: 0.3}")
+
+
+@pytest.fixture
+def two_sets(here: Path) -> Path:
+    write_characters(here / "data" / "cats", ["the cat", "a dog", "my bird", "sees", "hears"], 1)
+    write_characters(here / "data" / "plants", ["willow", "bamboo", "orchid", "pine"], 2)
+    return here
+
+
+def test_a_stopped_run_on_a_mixture_continues_as_if_it_had_not_been_stopped(
+    two_sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings("name=whole", *MIXED), console=CONSOLE)
+    for step in (3, 7):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(signals.Stopped, match=f"step {step}"):
+                train(settings(*MIXED), console=CONSOLE)
+    train(settings(*MIXED), console=CONSOLE)
+    assert curve("tiny") == curve("whole")
+    assert weights("tiny", 12) == weights("whole", 12)
+    train(settings("name=other", "data.path=null", "data.mixture={data/cats: 0.3, data/plants: 0.7}"), console=CONSOLE)
+    assert curve("other") != curve("whole")
+
+
+def test_every_source_of_a_mixture_is_learned_and_scored(two_sets: Path) -> None:
+    train(settings(*MIXED, "train.steps=60", "eval.every=30", "eval.tokens=null"), console=CONSOLE)
+    first, last = metrics("tiny", "eval")
+    n_bytes = {name: (two_sets / name / "val.bin").stat().st_size / 2 for name in ("data/cats", "data/plants")}
+    for line in (first, last):
+        assert line["sources"].keys() == n_bytes.keys()
+        total = sum(line["sources"][name] * n for name, n in n_bytes.items())
+        assert line["val_bpb"] == pytest.approx(total / sum(n_bytes.values()), rel=1e-9)
+    assert all(last["sources"][name] < first["sources"][name] for name in n_bytes)
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_masked_documents_are_learned_and_continue_after_a_stop(
+    here: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    masked = (f"data.packing={packing}", "data.document_mask=true", "train.steps=24", "eval.every=12")
+    train(settings("name=whole", *masked), console=CONSOLE)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(signals.Stopped):
+            train(settings(*masked), console=CONSOLE)
+    train(settings(*masked), console=CONSOLE)
+    assert weights("tiny", 24) == weights("whole", 24)
+    first, last = metrics("tiny", "eval")
+    assert last["val_bpb"] < first["val_bpb"]
+    train(settings("name=unmasked", f"data.packing={packing}", "train.steps=24", "eval.every=12"), console=CONSOLE)
+    assert weights("unmasked", 24) != weights("whole", 24)
+
+
+def test_llm_c_s_token_files_train_as_they_stand(here: Path, data_set: Path) -> None:
+    prepared = TokenSet(data_set, "train")
+    (here / "data" / "bins").mkdir()
+    for split in ("train", "val"):
+        tokens = TokenSet(data_set, split)
+        ids = tokens.read(0, tokens.n_tokens).astype("<u2")
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(ids)
+        (here / "data" / "bins" / f"tiny_{split}_000001.bin").write_bytes(header.tobytes() + ids.tobytes())
+    train(settings("name=prepared"), console=CONSOLE)
+    train(settings("name=bins", "data.path=data/bins", f"data.tokenizer={prepared.path}"), console=CONSOLE)
+    assert weights("bins", 12) == weights("prepared", 12)
+    assert [e["val_bpb"] for e in metrics("bins", "eval")] == [e["val_bpb"] for e in metrics("prepared", "eval")]
+
+
+def test_nano_gpt_s_token_files_train_as_they_stand(two_sets: Path) -> None:
+    train(settings("data.path=data/cats", "train.steps=60", "eval.every=30"), console=CONSOLE)
+    first, last = metrics("tiny", "eval")
+    assert last["val_bpb"] < first["val_bpb"] < 6
+    assert "sources" not in last, "there is one"
+
+
+def test_what_is_read_and_how_often_is_said_before_the_first_update(two_sets: Path) -> None:
+    console = Console(record=True, file=io.StringIO(), width=200)
+    train(
+        settings(*MIXED, "train.steps=150", "train.batch_tokens=1024", "log.every=150", "eval.every=150"),
+        console=console,
+    )
+    text = console.export_text()
+    assert "data/cats: 70.0% of what is read" in text
+    assert -1 < text.index("warning: data/plants is read") < text.index("step 150/150")

@@ -1,0 +1,282 @@
+"""Data sets of the Hugging Face hub: which files a configuration and a split mean, and those files on this disk.
+
+The hub's own library finds, authorizes and downloads (HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are its settings);
+the files are read like any others. Nothing of a data set is run, so a data set that is only a script is refused.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import huggingface_hub
+
+from gpt import durable, formats, signals
+
+Say = Callable[[str], None]
+SPLITS = {  # words in file names that mean a split, where the data set's card names none
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SHOWN = 12  # names in an error
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Files of one fixed version of a data set, by their names in the repository."""
+
+    name: str
+    revision: str
+    files: tuple[str, ...]
+
+
+def parse(name: str) -> tuple[str, str | None]:
+    """(ORG/NAME, revision) of ORG/NAME[@REVISION]; ValueError for anything else."""
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+        raise ValueError(f"hub: {name!r} is no data set's name; expected ORG/NAME, as in roneneldan/TinyStories")
+    return repository, revision or None
+
+
+def choose(name: str, config: str | None, split: str, data_files: str | None) -> Chosen:
+    """The files that a configuration and a split (or a glob) mean. ValueError says what there is to choose from."""
+    repository, revision = parse(name)
+    with _in_words(name):
+        info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)
+    names = sorted(sibling.rfilename for sibling in info.siblings or ())
+    if data_files is not None:
+        files = _matching(names, [data_files])
+        if not files:
+            raise ValueError(f"{name}: no file matches data_files {data_files!r}; it has {_shown(names)}")
+    else:
+        files = _of_split(name, names, info.card_data, config, split)
+    readable = [file for file in files if data_files is not None or _is_data(file)]
+    if not readable:
+        raise ValueError(f"{name}: none of its files is read here ({_shown(files)}); choose others with data_files")
+    return Chosen(repository, info.sha or revision or "main", tuple(readable))
+
+
+Configs = dict[str, dict[str, list[str]]]  # configuration -> split -> globs
+
+
+def _configs(card: Any) -> tuple[Configs, str | None]:
+    """What the card's metadata names, and which configuration is the default one."""
+    found: Configs = {}
+    default = None
+    entries = (card.to_dict() if card is not None else {}).get("configs")
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, dict) or "data_files" not in entry:
+            continue
+        splits: dict[str, list[str]] = {}
+        for part in _listed(entry["data_files"]):
+            split, paths = (part.get("split", "train"), part.get("path")) if isinstance(part, dict) else ("train", part)
+            splits.setdefault(str(split), []).extend(str(path) for path in _listed(paths))
+        if isinstance(directory := entry.get("data_dir"), str):
+            splits = {split: [f"{directory.strip('/')}/{path}" for path in paths] for split, paths in splits.items()}
+        name = str(entry.get("config_name", "default"))
+        found[name] = splits
+        if entry.get("default") is True or (name == "default" and default is None):
+            default = name
+    return found, next(iter(found)) if len(found) == 1 else default
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _of_split(name: str, names: list[str], card: Any, config: str | None, split: str) -> list[str]:
+    """The files of a split: as the card says, else as their names say."""
+    configs, default = _configs(card)
+    if configs:
+        if config is None and default is None:
+            raise ValueError(f"{name}: it has {len(configs)} configurations; set config to one: {_shown(configs)}")
+        chosen = config or default or ""
+        if chosen not in configs:
+            raise ValueError(f"{name}: no configuration {chosen!r}; it has {_shown(configs)}")
+        splits = {each: _matching(names, globs) for each, globs in configs[chosen].items()}
+    else:
+        chosen = config or "default"
+        splits = _splits_by_name(_within(name, names, config))
+    if not splits and any(file.endswith(".py") for file in names):
+        raise ValueError(
+            f"{name}: it is made by a script, and no code of a data set is run here; the hub may have converted it: "
+            f"hub: {name.partition('@')[0]}@refs/convert/parquet"
+        )
+    if split not in splits:
+        raise ValueError(f"{name}: no split {split!r} in configuration {chosen!r}; it has {_shown(splits)}")
+    if not splits[split]:
+        raise ValueError(f"{name}: split {split!r} of configuration {chosen!r} names no file; it has {_shown(names)}")
+    return splits[split]
+
+
+def _within(name: str, names: list[str], config: str | None) -> list[str]:
+    """The files of a configuration that is a directory, as where the hub has converted a data set."""
+    if config is None:
+        return names
+    found = [file for file in names if config in PurePosixPath(file).parts[:-1]]
+    if not found:
+        directories = sorted({file.partition("/")[0] for file in names if "/" in file})
+        raise ValueError(
+            f"{name}: no configuration {config!r}: its card names none; its directories: {_shown(directories)}"
+        )
+    return found
+
+
+def _splits_by_name(names: list[str]) -> dict[str, list[str]]:
+    """Files by the split that a word in their path means; all are `train` if none says anything."""
+    data = [file for file in names if _is_data(file)]
+    found: dict[str, list[str]] = {}
+    for file in data:
+        words = re.split(r"[^a-z]+", file.lower())
+        for split, meaning in SPLITS.items():
+            if any(word in words for word in meaning):
+                found.setdefault(split, []).append(file)
+                break
+    return found or ({"train": data} if data else {})
+
+
+def _is_data(file: str) -> bool:
+    """Whether a file of a repository is read as data: not its card, its scripts or its licence."""
+    path = PurePosixPath(file)
+    if any(part.startswith(".") for part in path.parts) or path.name.lower() in ("dataset_infos.json", "config.json"):
+        return False
+    form = formats.form_of(file)
+    return form.kind != "text" or path.name.lower().endswith(
+        (".txt", *(f".txt{packing}" for packing in formats.PACKINGS))
+    )
+
+
+def _matching(names: list[str], globs: list[str]) -> list[str]:
+    """The names that any of the globs matches: * within a directory, ** across."""
+    patterns = [re.compile(_pattern(each)) for each in globs]
+    return [name for name in names if any(pattern.fullmatch(name) for pattern in patterns)]
+
+
+def _pattern(text: str) -> str:
+    parts = re.split(r"(\*\*/?|\*|\?|\[[^\]]+\])", text.removeprefix("./"))
+    means = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(means.get(p, re.escape(p) if not (i % 2) else p.replace("[!", "[^")) for i, p in enumerate(parts))
+
+
+def _shown(names: Iterable[str]) -> str:
+    shown = list(names)
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return (", ".join(shown[:SHOWN]) or "none") + more
+
+
+def download(chosen: Chosen, say: Say) -> list[tuple[Path, str]]:
+    """(path, label) of each file in the hub's cache, fetched if it is not there."""
+    found = []
+    for number, file in enumerate(chosen.files, 1):
+        signals.check()
+        say(f"{chosen.name}: file {number} of {len(chosen.files)}, {file}")
+        with _in_words(chosen.name):
+            path = huggingface_hub.hf_hub_download(chosen.name, file, repo_type="dataset", revision=chosen.revision)
+        found.append((Path(path), f"{chosen.name}/{file}"))
+    return found
+
+
+def stream(chosen: Chosen, columns: frozenset[str], spool: Path, say: Say) -> list[tuple[Path, str]]:
+    """(path, label) of a JSON lines file in `spool` for each file, which holds only the columns; made if it is not there.
+
+    The files themselves are never on this disk: of parquet only the columns are asked for.
+    """
+    durable.make_directory(spool)
+    found = []
+    for number, file in enumerate(chosen.files, 1):
+        key = json.dumps([chosen.name, chosen.revision, file, sorted(columns)])
+        path = spool / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+        if not path.exists():
+            say(f"{chosen.name}: reading file {number} of {len(chosen.files)}, {file}")
+            with _in_words(chosen.name):
+                durable.write_file(path, _lines(chosen, file, columns))
+        found.append((path, f"{chosen.name}/{file}"))
+    return found
+
+
+def _lines(chosen: Chosen, file: str, columns: frozenset[str]) -> Iterator[bytes]:
+    """A remote file as JSON lines, about a megabyte at a time."""
+    label, form = f"{chosen.name}/{file}", formats.form_of(file)
+    if form.kind in ("text", "tar"):
+        raise ValueError(
+            f"{label}: a {form.kind} file is not streamed, for it has no fields to choose; leave out streaming"
+        )
+    place = f"datasets/{chosen.name}@{chosen.revision}/{file}"
+    lines: list[bytes] = []
+    size = 0
+    with (
+        huggingface_hub.HfFileSystem().open(place, "rb", block_size=4 * formats.BLOCK) as raw,
+        formats.faults(label, form),
+    ):
+        for number, record in enumerate(_records(raw, form, columns), 1):
+            if isinstance(record, formats.BadRecord):
+                raise ValueError(f"{label}: record {number}: {record}; without streaming, bad records can be skipped")
+            # In ASCII, where every text can be written, even one that is none: the reader of the copy will say so.
+            lines.append(record if isinstance(record, bytes) else json.dumps(record, default=str).encode())
+            size += len(lines[-1])
+            if size > formats.BLOCK:
+                yield b"\n".join((*lines, b""))
+                lines, size = [], 0
+                signals.check()
+        yield b"\n".join((*lines, b""))
+
+
+def _records(raw: Any, form: formats.Form, columns: frozenset[str]) -> Iterator[Any]:
+    if form.kind == "parquet":
+        rows = formats.parquet_rows(raw, columns)
+    else:
+        stream = formats.unpacked(raw, form.packing)
+        if form.kind == "jsonl":
+            rows = formats.spans(stream, b"\n")
+        elif form.kind == "json":
+            rows = formats.array_values(stream)
+        else:
+            rows = formats.table_rows(stream, formats.DELIMITERS[form.kind], columns)
+    try:
+        for _, _, value in rows:
+            yield dict.fromkeys(columns, value) if isinstance(value, str) else value
+    except formats.BadRecord as error:  # what ends the file
+        yield error
+
+
+@contextmanager
+def _in_words(name: str) -> Iterator[None]:
+    """Turns what the hub's library, and the client under it, raise into ValueErrors in words."""
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the library, about its own affairs
+            yield
+    except Exception as error:
+        words = _words(error, parse(name)[0])
+        if words is None:
+            raise
+        raise ValueError(f"{name}: {words}") from None
+
+
+def _words(error: Exception, repository: str) -> str | None:
+    """What an error of the hub's means; None for any other."""
+    where, errors = huggingface_hub.HfApi().endpoint, huggingface_hub.errors
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owner asks for consent; give it at {where}/datasets/{repository}, then hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such data set at {where}, or a private one (hf auth login)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision; leave out what follows the @"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{where} did not answer as it should ({first}); run the same command again"
+    package = type(error).__module__.partition(".")[0]
+    if isinstance(error, ConnectionError | TimeoutError) or package.startswith(
+        ("httpx", "httpcore", "huggingface_hub")
+    ):
+        return f"{where} could not be reached ({first}); run the same command again"
+    return None

@@ -1,0 +1,344 @@
+"""What a run is before step 1: its settings agreed with what it was started with, its model built, every choice made."""
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gpt import config as settings
+from gpt import durable, growth, hf, parallel, plan, runtime, signals
+from gpt.checkpoint import CheckpointConfig, Checkpoints, load_weights
+from gpt.config import Settings
+from gpt.data import Batch, Data, DataConfig, Loader
+from gpt.evaluate import EvalConfig, evaluated, views
+from gpt.log import LogConfig
+from gpt.loss import NextToken
+from gpt.model import GPT, ModelConfig, init_weights
+from gpt.optim import OptimConfig, Optimizer
+from gpt.plan import Choices, TrainingConfig
+from gpt.run import RunDirectory, resolve
+from gpt.schedule import ScheduleConfig
+from gpt.tokenizer import Tokenizer
+
+# What may change between resumes, since it changes no update; the data set is known by its fingerprint.
+FREE = ("name", "choices", "data.path", "log.", "checkpoint.", "eval.every")
+RUNS = Path("runs")
+PROBE_UPDATES = 6
+PROBE_SHARE = 0.03  # of a time budget: a shared machine's speed of one second says little about the next
+REPEATS = 4  # epochs past which repeated text teaches much less than new text would (Muennighoff et al. 2023)
+
+Say = Callable[[str], None]
+
+
+class TrainConfig(Settings):
+    """A run, whole: a table of contents."""
+
+    name: str = Field(description="the run's directory under runs/; defaults to the file's stem")
+    seed: int = Field(1337, description="of the weights, the order of data and dropout")
+    init_from: str | None = Field(
+        None, description="run, checkpoint or Hugging Face directory whose weights and tokenizer to start from"
+    )
+    data: DataConfig = Field(description="what is trained on")
+    model: ModelConfig = Field(
+        default_factory=ModelConfig, description="the decoder's shape; with init_from only dropout may be set"
+    )
+    train: TrainingConfig = Field(description="how long, in what portions and on what")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="how parameters move")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate over the run")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="when and on what to evaluate")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when to save and what to keep")
+    log: LogConfig = Field(default_factory=LogConfig, description="what people watch")
+    choices: Choices | None = Field(
+        None, description="what settled itself before step 1; written by the run, obeyed when present"
+    )
+
+
+def check(given: TrainConfig) -> None:
+    """ValueError for what cannot be trained here, before anything is made for it."""
+    if runtime.world_size() > 1:
+        raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
+    if given.train.batch_tokens % given.data.seq_len:
+        raise ValueError(
+            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of data.seq_len ({given.data.seq_len})"
+        )
+    if given.train.device != "auto":
+        runtime.check_device(given.train.device)
+
+
+def agree(given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data, source: GPT | None) -> TrainConfig:
+    """The run's settings, the model's filled in: `given`, or what the run was started with, where both say the same.
+
+    Raises ValueError with the differences and what to run instead if they do not.
+    """
+    written = run.config_path if latest is None else latest / "run.yaml"  # the one that is verified, if there is one
+    if written.exists():
+        stored = settings.load(TrainConfig, written)
+        open_model = {name: getattr(stored.model, name) for name in _filled(given)}
+        asked = given.model_copy(update={"model": given.model.model_copy(update=open_model)})
+        changed = [d for d in settings.differences(stored, asked) if not d[0].startswith(FREE)]
+        if changed:
+            rows = "\n".join(f"  {name}: {old} -> {new}" for name, old, new in changed)
+            raise ValueError(
+                f"{run.path} was started with other settings:\n{rows}\n"
+                f"continue it with its own settings, or start another run: name=NEW, or --fresh (as {unused(given.name)})"
+            )
+        config = asked.model_copy(update={"choices": stored.choices})
+    elif source is not None:
+        config = given.model_copy(update={"model": _source_shape(given, source)})
+    else:
+        filled = {"vocab_size": data.tokenizer.padded_size, "max_seq_len": given.data.seq_len}
+        model = given.model.model_copy(update={k: v for k, v in filled.items() if getattr(given.model, k) is None})
+        config = given.model_copy(update={"model": model})
+    assert config.model.max_seq_len is not None
+    if config.data.seq_len > config.model.max_seq_len:
+        raise ValueError(
+            f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({config.model.max_seq_len})"
+        )
+    if config.choices is not None:
+        _check_choices(config, config.choices, data)
+    return config
+
+
+def _check_choices(config: TrainConfig, choices: Choices, data: Data) -> None:
+    """ValueError if choices made earlier are for another data set, or the settings now ask for something else."""
+    if choices.data != data.fingerprint:
+        raise ValueError(
+            f"{names(data)} is not the data set this run was started with: its fingerprint is "
+            f"{data.fingerprint[:12]}, the run's is {choices.data[:12]}; restore it, or start another run with --fresh"
+        )
+    train = config.train
+    asked = {name: getattr(train, name) for name in ("device", "dtype", "compile", "micro_batch", "threads")}
+    asked["steps"] = plan.fixed_steps(train)
+    for name, value in asked.items():
+        if value not in (None, "auto") and value != getattr(choices, name):
+            raise ValueError(
+                f"train.{name} asks for {value}, the choices in the settings say {getattr(choices, name)}; "
+                f"choices=null makes them anew"
+            )
+
+
+def _filled(given: TrainConfig) -> list[str]:
+    """Settings of the model that the run fills in when the file leaves them open."""
+    if given.init_from is not None:
+        return [name for name in ModelConfig.model_fields if name != "dropout"]
+    return [name for name in ("vocab_size", "max_seq_len") if getattr(given.model, name) is None]
+
+
+def source(given: TrainConfig, data: Data, say: Say) -> GPT | None:
+    """The model of init_from, grown if the data set's tokenizer is its own grown; ValueError if it is another one."""
+    if given.init_from is None:
+        return None
+    path, what = resolve(given.init_from)
+    say(f"init_from: {what}")
+    model, tokenizer = hf.load(path)
+    if tokenizer.sha256 == data.tokenizer.sha256:
+        return model
+    try:
+        new = growth.replaced(tokenizer, data.tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            f"{names(data)} was prepared with another tokenizer than {path} ({error}): "
+            f"prepare the text again with --tokenizer {given.init_from}"
+        ) from None
+    say(f"vocabulary: {len(new):,} new tokens, each begins as the mean of those it takes the place of")
+    return _grown(model, tokenizer, data.tokenizer)
+
+
+def _grown(model: GPT, old: Tokenizer, new: Tokenizer) -> GPT:
+    """`model` with rows for the tokens that `new` has more than `old`."""
+    assert model.config.vocab_size is not None
+    rows = max(model.config.vocab_size, new.padded_size)
+    with torch.device("meta"):  # shapes only
+        grown = GPT(model.config.model_copy(update={"vocab_size": rows}))
+    grown.load_state_dict(growth.extend(model.state_dict(), old, new, rows), assign=True)
+    if model.config.tie_embeddings:
+        grown.lm_head.weight = grown.model.embed_tokens.weight
+    return grown
+
+
+def _source_shape(given: TrainConfig, source: GPT) -> ModelConfig:
+    """The source's shape with the dropout that `given` asks for; ValueError if it asks for more."""
+    asked = given.model.model_fields_set - {"dropout"}
+    if extra := [name for name in sorted(asked) if getattr(given.model, name) != getattr(source.config, name)]:
+        raise ValueError(
+            f"with init_from the model is the source's: remove model.{', model.'.join(extra)} (dropout may stay)"
+        )
+    return source.config.model_copy(update={"dropout": given.model.dropout})
+
+
+def build(config: TrainConfig, say: Say) -> GPT:
+    """The model on its device, its weights still to be filled in; this process is set up for it."""
+    device, dtype, threads, why = plan.machine(config.train)
+    if (choices := config.choices) is not None:
+        device, dtype, threads = choices.device, choices.dtype, choices.threads
+        why = f"{device}, {dtype}, {threads} threads (as the run was started)"
+        try:
+            runtime.check_device(device)
+        except ValueError as error:
+            raise ValueError(
+                f"the run computes on {device}: {error}. Continue it where there is one, or start from its weights: "
+                f"name=NEW init_from={RUNS / config.name}@last"
+            ) from None
+        for was, now in ((choices.torch, runtime.torch_version()), (choices.cpu, runtime.cpu_kind())):
+            if now != was:
+                say(f"started on {was}, now on {now}: the run continues, its bits may differ")
+    say(f"device: {why}")
+    runtime.setup(device, threads)
+    model = GPT(config.model).to(device)
+    say(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
+    return model
+
+
+def check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT) -> None:
+    """OSError unless the run's checkpoints, with one more while it is written, fit on the disk."""
+    to_come = max(0, keep + 1 - len(saves.steps())) + 1
+    durable.check_space(run.path, to_come * 12 * plan.n_parameters(model))
+
+
+def fill(model: GPT, config: TrainConfig, latest: Path | None, source: GPT | None) -> None:
+    """Give the model its weights: the latest checkpoint's, the source's, or fresh ones from the seed."""
+    if latest is not None:
+        model.load_state_dict(hf.from_disk(config.model, load_weights(latest)))
+    elif source is not None:
+        model.load_state_dict(source.state_dict())
+    else:
+        init_weights(model, runtime.key(config.seed, 0, "init"))
+
+
+Update = Callable[[parallel.Forward, Optimizer, Batch, TrainConfig, Choices, int], tuple[Tensor, Tensor]]
+
+
+def settle(
+    config: TrainConfig,
+    model: GPT,
+    fill: Callable[[], None],
+    data: Data,
+    loader: Loader,
+    update: Update,
+    elapsed: Callable[[], float],
+    say: Say,
+) -> TrainConfig:
+    """The settings with every choice made; `fill` has given the model its weights when this returns.
+
+    Speed is measured, where a choice depends on it, by real updates; `elapsed()` is what a time budget has lost already.
+    """
+    fill()
+    if (choices := config.choices) is None:
+        choices = _choose(config, model, data, loader, update, elapsed, say)
+        fill()  # measuring moved them
+    elif choices.attention == "flex":
+        parallel.flexible(model)
+    _report(data, loader, choices.steps, say)
+    return config.model_copy(update={"choices": choices})
+
+
+def _report(data: Data, loader: Loader, steps: int, say: Say) -> None:
+    """Say what the run will read: of each part how much and how often, and how it is packed."""
+    epochs = loader.epochs(steps)
+    if len(data.parts) == 1:
+        say(f"data: {data.n_tokens:,} tokens, {steps:,} steps are {epochs[0][1]:.1f} epochs")
+    else:
+        total = sum(part.weight for part in data.parts)
+        say(f"data: {data.n_tokens:,} tokens in {len(data.parts)} parts, {steps:,} steps")
+        for part, (_, times) in zip(data.parts, epochs, strict=True):
+            say(
+                f"  {part.name}: {part.weight / total:.1%} of what is read, {part.n_tokens:,} tokens, {times:.1f} epochs"
+            )
+    for name, times in epochs:
+        if times > REPEATS:
+            say(
+                f"warning: {name} is read {times:.1f} times; past {REPEATS} repetition teaches much less than new text: "
+                "add some, or lower its share or the steps"
+            )
+    for part, order in zip(data.parts, loader.orders, strict=True):
+        if (packed := getattr(order, "plan", None)) is not None:
+            say(
+                f"packing: {part.name}: {packed.n_rows:,} rows an epoch, {packed.waste:.2%} padding; {packed.n_long:,} of "
+                f"{part.train.n_documents:,} documents are longer than a row, {packed.n_cut:,} more are cut to fill rows"
+            )
+
+
+def _choose(
+    config: TrainConfig,
+    model: GPT,
+    data: Data,
+    loader: Loader,
+    update: Update,
+    elapsed: Callable[[], float],
+    say: Say,
+) -> Choices:
+    """Settle what is left to choose, by a few updates on real batches where it depends on speed."""
+    device, dtype, threads, _ = plan.machine(config.train)
+    objective, attention = NextToken(model), "dense"
+    if config.data.document_mask:
+        attention, why = parallel.document_kernel(model)
+        say(f"attention inside documents: {why}")
+    # Speed does not depend on the learning rate, and without a warm-up a full one might not stay finite.
+    still = config.model_copy(update={"schedule": ScheduleConfig(kind="constant", warmup=1e12)})
+
+    def measure(micro_batch: int, compile: bool) -> float:
+        trial = Choices(
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            micro_batch=micro_batch,
+            compile=compile,
+            steps=PROBE_UPDATES,
+            data=data.fingerprint,
+            attention=attention,
+            torch=runtime.torch_version(),
+            cpu=runtime.cpu_kind(),
+        )
+        forward, optimizer = parallel.applied(objective, compile=compile), Optimizer(model, config.optim)
+        step, start, enough = 0, time.perf_counter(), PROBE_SHARE * (config.train.time or 0)
+        while step < PROBE_UPDATES or time.perf_counter() - start < enough:
+            signals.check()
+            step += 1
+            try:
+                update(forward, optimizer, loader.batch(step), still, trial, step)
+            except RuntimeError as error:  # CPUs say in words only that memory is short
+                if signals.exit_code(error) == signals.NO_SPACE:
+                    raise torch.OutOfMemoryError(str(error)) from None
+                raise
+            runtime.synchronize(device)
+            if step == 1:  # it warms up, or compiles
+                start = time.perf_counter()
+        return (time.perf_counter() - start) / (step - 1)
+
+    def extra(update_s: float) -> float:
+        """An evaluated token costs a third of a trained one; a save writes 12 bytes a parameter at about 300 MB/s."""
+        evaluation = update_s / 3 * evaluated(views(data), config.eval.tokens) / config.train.batch_tokens
+        return evaluation / config.eval.every + 12 * plan.n_parameters(model) / 3e8 / config.checkpoint.every
+
+    return plan.choose(
+        config.train,
+        rows=plan.micro_batch(config.train, config.model, rows(config), config.data.seq_len, device),
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        data=data.fingerprint,
+        attention=attention,
+        extra=extra,
+        elapsed=elapsed,
+        measure=measure,
+        note=say,
+    )
+
+
+def rows(config: TrainConfig) -> int:
+    """Rows of one update."""
+    return config.train.batch_tokens // config.data.seq_len
+
+
+def unused(name: str) -> str:
+    """NAME-2, NAME-3, ...: the first that is free."""
+    return next(candidate for i in itertools.count(2) if not (RUNS / (candidate := f"{name}-{i}")).exists())
+
+
+def names(data: Data) -> str:
+    """The data sets, for people."""
+    return ", ".join(dict.fromkeys(str(part.train.path) for part in data.parts))

@@ -1,0 +1,215 @@
+"""Chunks to shards, by this process or by several, each resumable on its own; and how far they are.
+
+What a chunk becomes depends on its rows of the table, the tokenizer and the split alone, so any process on any machine
+that sees the working directory may make it.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from gpt import durable, signals
+from gpt.census import say
+from gpt.encode import Encoder
+from gpt.scan import SPLITS, Chunk, Input, Part, Split, parts
+from gpt.shards import Document, token_dtype, write_shard
+from gpt.tokenizer import Tokenizer
+
+BATCH_BYTES = 4 << 20  # text that is encoded at a time
+
+
+class Meter:
+    """Progress of one phase: a bar with MB/s and time left on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, what: str, n_bytes: int) -> None:
+        self._console, self._what, self._total, self._done = console, what, n_bytes, 0
+        self._is_terminal = console.is_terminal
+        self._interval_s = 0.1 if self._is_terminal else 10.0
+        self._begun = self._shown = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not self._is_terminal)
+        self._task = self._bar.add_task(what, total=n_bytes)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, n_bytes: int) -> None:
+        """Count bytes done; raises signals.Stopped if a stop was requested."""
+        signals.check()
+        self._done += n_bytes
+        now = time.monotonic()
+        if now - self._shown < self._interval_s:
+            return
+        self._shown = now
+        if self._is_terminal:
+            self._bar.update(self._task, completed=self._done)
+        else:
+            say(self._console, self._line(now))
+
+    def _line(self, now: float) -> str:
+        speed = max(1.0, self._done / (now - self._begun))
+        left = time.strftime("%H:%M:%S", time.gmtime(max(0, self._total - self._done) / speed))
+        done = f"{self._done / 1e6:.0f}/{max(self._total, self._done) / 1e6:.0f} MB"
+        return f"{self._what}  {done}  {speed / 1e6:.1f} MB/s  eta {left}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that encoding the chunks of a corpus needs; what a worker process is sent once."""
+
+    work: Path
+    inputs: tuple[Input, ...]
+    split: Split
+    skip_bad: bool
+    chunks: tuple[Chunk, ...]
+
+    def record(self, number: int) -> Path:
+        """Where it is written that the shards of a chunk stand."""
+        return self.work / f"chunk-{number:05d}.json"
+
+    @property
+    def finished(self) -> Path:
+        """The data set as far as it stands."""
+        return self.work / "set"
+
+    def left(self, numbers: Iterable[int]) -> list[int]:
+        """Those of the chunks that are still to be made."""
+        return [number for number in numbers if not self.record(number).exists()]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory that shards are written into one by one, each atomically."""
+
+    path: Path
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> str:
+        return durable.write_file(self.path / name, chunks)
+
+
+def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, advance: Callable[[int], None]) -> None:
+    """Write the shards of a chunk and, when they stand, its record. ValueError if the text is not what was scanned."""
+    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    start = np.array([tokenizer.start_id], token_dtype(tokenizer.size))
+    for batch in _batches(parts(job.inputs, job.work, job.chunks[number], job.split, skip_bad=job.skip_bad)):
+        for part, ids in zip(batch, encoder.encode([part.text for part in batch]), strict=True):
+            splits[part.split].append(Document(np.concatenate([start, ids]), part.n_bytes, part.source))
+        advance(sum(part.n_bytes for part in batch))
+    entries = {}
+    for split, documents in splits.items():
+        if documents:
+            name, made_with = f"{split}-{number:05d}.tok", {"tokenizer_sha256": tokenizer.sha256}
+            entries[split] = write_shard(Folder(job.finished), name, documents, vocab_size=tokenizer.size, **made_with)
+    durable.write_file(
+        job.record(number), json.dumps({split: asdict(entry) for split, entry in entries.items()}).encode()
+    )
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Lists of at least BATCH_BYTES of text each, except the last."""
+    batch: list[Part] = []
+    n_bytes = 0
+    for part in parts:
+        batch.append(part)
+        n_bytes += part.n_bytes
+        if n_bytes >= BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Worker:
+    """What a worker process keeps: the parent's stop event and its count of bytes done, the job, a warm encoder."""
+
+    stop: Any
+    done: Any
+    job: Job
+    tokenizer: Tokenizer
+    encoder: Encoder
+
+    def advance(self, n_bytes: int) -> None:
+        if self.stop.is_set():
+            raise signals.Stopped("stopped by the parent process")
+        with self.done.get_lock():
+            self.done.value += n_bytes
+
+
+_worker: _Worker | None = None
+
+
+def _begin_worker(stop: Any, done: Any, job: Job) -> None:
+    """A worker leaves stopping to its parent, and does not outlive it."""
+    global _worker
+    signals.ignore()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    tokenizer = Tokenizer.load(job.finished)
+    _worker = _Worker(stop, done, job, tokenizer, Encoder(tokenizer))
+
+
+def _work(number: int) -> None:
+    assert _worker is not None
+    encode_chunk(_worker.job, number, _worker.tokenizer, _worker.encoder, _worker.advance)
+
+
+def encode(job: Job, numbers: Sequence[int], tokenizer: Tokenizer, workers: int, meter: Meter) -> None:
+    """Make what is left of the chunks `numbers`, divided among `workers` processes."""
+    left = job.left(numbers)
+    sizes = {number: job.chunks[number].n_bytes for number in numbers}
+    meter.advance(sum(sizes.values()) - sum(sizes[number] for number in left))
+    if workers > 1 and len(left) > 1:
+        _encode_in_processes(job, left, workers, meter)
+        return
+    encoder = Encoder(tokenizer)
+    for number in left:
+        encode_chunk(job, number, tokenizer, encoder, meter.advance)
+
+
+def _encode_in_processes(job: Job, numbers: Sequence[int], workers: int, meter: Meter) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, not the threads
+    stop, done, seen = context.Event(), context.Value("q", 0), 0
+    pool = ProcessPoolExecutor(min(workers, len(numbers)), context, _begin_worker, (stop, done, job))
+    try:
+        # Children inherit the mask, so that no stop request ends one while it still imports.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP_SIGNALS)
+        try:
+            running: set[Future[None]] = {pool.submit(_work, number) for number in numbers}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP_SIGNALS)
+        while running:
+            finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+            so_far = done.value
+            meter.advance(so_far - seen)
+            seen = so_far
+    except BrokenProcessPool:
+        raise MemoryError("a worker process was killed, most likely for lack of memory; set fewer --workers") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)

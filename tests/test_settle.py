@@ -1,0 +1,259 @@
+"""What a run is before step 1: the settings that must agree, the model it starts from, and what it says of its data."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from gpt import config, growth, hf, settle, tokenizer
+from gpt.data import Data, Loader, open_data
+from gpt.durable import CorruptError
+from gpt.model import GPT, init_weights
+from gpt.plan import Choices
+from gpt.run import RunDirectory
+from gpt.settle import TrainConfig
+from gpt.tokenizer import Tokenizer
+from gpt.trainer import train
+
+CONSOLE = Console(quiet=True)
+SETTINGS = """
+name: tiny
+data: {path: data/cats, seq_len: 16}
+model: {n_layer: 1, d_model: 16, n_head: 2}
+train: {steps: 3, batch_tokens: 64, micro_batch: 4, compile: false, threads: 1, device: cpu}
+optim: {kind: adamw, lr: 0.01}
+eval: {every: 3, tokens: 100}
+checkpoint: {every: 3, keep: 1}
+log: {every: 1}
+"""
+WORDS = ["the cat", "a dog", "my bird", "sees", "hears", "likes", "the sun", "a tree", "the rain", "today", "never"]
+
+
+def sentences(seed: int, n: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(3, 40))) + "." for _ in range(n)]
+
+
+PLANTS = ["chrysanthemum", "willow", "bamboo", "orchid", "plum blossom", "pine", "lotus", "peony", "maple", "cassia"]
+
+
+def plants(seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(PLANTS, k=20)) for _ in range(50)]
+
+
+def write_set(path: Path, vocabulary: Tokenizer, seed: int, n: int = 60) -> None:
+    """Token files as llm.c writes them, in `path`."""
+    path.mkdir(parents=True)
+    for split, texts in (("train", sentences(seed, n)), ("val", sentences(seed + 100, 10))):
+        ids = [i for text in texts for i in [vocabulary.start_id, *vocabulary.encode(text)]]
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(ids)
+        (path / f"x_{split}.bin").write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Tokenizer:
+    return tokenizer.train(sentences(1, 60), "bpe", 300)
+
+
+@pytest.fixture
+def here(vocabulary: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with two small data sets and their tokenizer in vocab/."""
+    monkeypatch.chdir(tmp_path)
+    Path("vocab").mkdir()
+    for name, content in vocabulary.files().items():
+        Path("vocab", name).write_bytes(content)
+    write_set(Path("data/cats"), vocabulary, 1)
+    write_set(Path("data/dogs"), vocabulary, 2, 200)
+    Path("tiny.yaml").write_text(SETTINGS)
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+
+
+def settings(*overrides: str) -> TrainConfig:
+    return config.load(TrainConfig, Path("tiny.yaml"), ["data.tokenizer=vocab", *overrides])
+
+
+MIXTURE = ("data.path=null", "data.mixture={data/cats: 0.75, data/dogs: 0.25}")
+
+
+def opened(*overrides: str) -> tuple[TrainConfig, Data]:
+    given = settings(*overrides)
+    return given, open_data(given.data)
+
+
+def agreed(given: TrainConfig, data: Data, source: GPT | None = None) -> TrainConfig:
+    return settle.agree(given, RunDirectory(Path("runs"), given.name), None, data, source)
+
+
+def chosen(data: Data, **others: object) -> Choices:
+    facts = {"device": "cpu", "dtype": "float32", "compile": False, "micro_batch": 4, "threads": 1, "steps": 3}
+    return Choices(**(facts | {"data": data.fingerprint, "torch": "", "cpu": ""} | others))
+
+
+def test_what_is_left_open_of_the_model_follows_from_the_data(here: Path) -> None:
+    given, data = opened()
+    model = agreed(given, data).model
+    assert (model.vocab_size, model.max_seq_len) == (data.tokenizer.padded_size, 16)
+    given, data = opened("model.vocab_size=512", "model.max_seq_len=8")
+    with pytest.raises(ValueError, match=r"data.seq_len \(16\) exceeds the model's context \(8\)"):
+        agreed(given, data)
+
+
+def test_a_batch_that_is_no_whole_number_of_rows_is_refused(here: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch_tokens \(65\) must be a multiple of data.seq_len \(16\)"):
+        settle.check(settings("train.batch_tokens=65"))
+
+
+def test_other_shares_of_a_mixture_are_another_run(here: Path) -> None:
+    given, data = opened(*MIXTURE)
+    run = RunDirectory(Path("runs"), "tiny")
+    first = settle.agree(given, run, None, data, None).model_copy(update={"choices": chosen(data)})
+    run.config_path.write_text(config.dump(first))
+    assert settle.agree(given, run, None, data, None) == first
+    other = settings("data.path=null", "data.mixture={data/cats: 0.5, data/dogs: 0.5}")
+    with pytest.raises(ValueError, match=r"(?s)data.mixture.data/cats: 0.75 -> 0.5.*name=NEW.*--fresh"):
+        settle.agree(other, run, None, data, None)
+
+
+def test_a_mixture_of_other_contents_is_refused_on_resume(here: Path, vocabulary: Tokenizer) -> None:
+    given, data = opened(*MIXTURE)
+    settled = given.model_copy(update={"choices": chosen(data)})
+    agreed(settled, data)
+    for file in Path("data/dogs").iterdir():
+        file.unlink()
+    Path("data/dogs").rmdir()
+    write_set(Path("data/dogs"), vocabulary, 3)
+    with pytest.raises(ValueError, match=r"data/cats, data/dogs is not the data set.*fingerprint"):
+        agreed(settled, open_data(given.data))
+
+
+def test_choices_that_contradict_the_settings_are_refused(here: Path) -> None:
+    given, data = opened()
+    with pytest.raises(ValueError, match=r"train.steps asks for 3, the choices in the settings say 5; choices=null"):
+        agreed(given.model_copy(update={"choices": chosen(data, steps=5)}), data)
+
+
+def test_choices_of_a_run_before_there_was_a_choice_of_kernels_are_read(here: Path) -> None:
+    _, data = opened()
+    old = {name: value for name, value in chosen(data).model_dump().items() if name != "attention"}
+    assert Choices(**old).attention == "dense"
+
+
+# Starting from other weights
+
+
+def start(model_dir: Path, *overrides: str) -> tuple[GPT, TrainConfig, list[str]]:
+    """(the model that init_from gives, the agreed settings, what was said)."""
+    said: list[str] = []
+    Path("tune.yaml").write_text(SETTINGS.replace("model: {n_layer: 1, d_model: 16, n_head: 2}", ""))
+    given = config.load(TrainConfig, Path("tune.yaml"), ["name=tuned", f"init_from={model_dir}", *overrides])
+    data = open_data(given.data)
+    model = settle.source(given, data, said.append)
+    assert model is not None
+    return model, agreed(given, data, model), said
+
+
+@pytest.fixture
+def trained(here: Path) -> Path:
+    train(settings(), console=CONSOLE)
+    return Path("runs/tiny")
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_grown_vocabulary_grows_the_model_and_leaves_what_it_knew(
+    here: Path, vocabulary: Tokenizer, tied: str
+) -> None:
+    train(settings(f"model.tie_embeddings={tied}"), console=CONSOLE)
+    before, _ = hf.load(Path("runs/tiny/checkpoints/step_00000003"))
+    grown = growth.learn(vocabulary, plants(7), 30)
+    Path("grown").mkdir()
+    for name, content in grown.files().items():
+        Path("grown", name).write_bytes(content)
+    write_set(Path("data/new"), grown, 7)
+    model, settled, said = start(Path("runs/tiny"), "data.path=data/new", "data.tokenizer=grown")
+    assert settled.model.vocab_size == grown.padded_size > vocabulary.padded_size
+    assert any("30 new tokens" in line for line in said)
+    for name, old in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name][: len(old)][: vocabulary.size], old[: vocabulary.size]), name
+    ids = torch.tensor([vocabulary.encode("the cat sees a dog")])
+    assert torch.equal(model(ids)[..., : vocabulary.size], before(ids)[..., : vocabulary.size])
+    embedding = model.model.embed_tokens.weight
+    for token, pieces in growth.replaced(vocabulary, grown).items():
+        torch.testing.assert_close(embedding[token], embedding[list(pieces)].mean(dim=0))
+    tuned = config.load(
+        TrainConfig,
+        Path("tune.yaml"),
+        ["init_from=runs/tiny", "name=tuned", "data.path=data/new", "data.tokenizer=grown"],
+    )
+    train(tuned, console=CONSOLE)
+    model, kept = hf.load(Path("runs/tuned/checkpoints/step_00000003"))
+    assert kept.sha256 == grown.sha256 and model.config.vocab_size == grown.padded_size
+    train(tuned, console=CONSOLE)  # and it resumes without complaint
+
+
+def test_a_tokenizer_that_is_no_growth_of_the_source_s_is_refused(trained: Path) -> None:
+    other = tokenizer.train(plants(5), "bpe", 290)
+    Path("other").mkdir()
+    for name, content in other.files().items():
+        Path("other", name).write_bytes(content)
+    write_set(Path("data/other"), other, 5)
+    with pytest.raises(
+        ValueError, match=r"(?s)data/other was prepared with another tokenizer than runs/tiny.*--tokenizer runs/tiny"
+    ):
+        start(trained, "data.path=data/other", "data.tokenizer=other")
+
+
+def test_another_shape_than_the_source_s_is_refused(trained: Path) -> None:
+    with pytest.raises(ValueError, match=r"remove model.d_model"):
+        start(trained, "data.tokenizer=vocab", "model.d_model=64")
+
+
+# What it says of its data
+
+
+def said_of(*overrides: str) -> list[str]:
+    given, data = opened(*overrides)
+    loader = Loader(data, given.data, settle.rows(given), given.seed)
+    lines: list[str] = []
+    model = GPT(agreed(given, data).model)
+    ready = given.model_copy(update={"choices": chosen(data, steps=given.train.steps)})
+
+    def update(*_: object) -> None:
+        raise AssertionError("nothing is measured where everything is chosen")
+
+    settle.settle(ready, model, lambda: init_weights(model, 1), data, loader, update, lambda: 0.0, lines.append)  # type: ignore[arg-type]
+    return lines
+
+
+def test_the_epochs_of_each_component_are_said_and_many_are_warned_of(here: Path) -> None:
+    lines = said_of(*MIXTURE, "train.steps=1000", "train.batch_tokens=64")
+    data = opened(*MIXTURE)[1]
+    times = {part.name: part.weight * 4000 / (-(-part.n_tokens // 16) + 1) for part in data.parts}
+    assert times["data/cats"] > 4
+    shares = [line for line in lines if "of what is read" in line]
+    assert [line.split(":")[0].strip() for line in shares] == ["data/cats", "data/dogs"]
+    for line, (_, expected) in zip(shares, times.items(), strict=True):
+        assert float(line.split(", ")[-1].split()[0]) == pytest.approx(expected, rel=0.02, abs=0.06)
+    warned = [line for line in lines if line.startswith("warning")]
+    assert [line.split()[1] for line in warned] == [name for name, n in times.items() if n > 4]
+    assert not [line for line in said_of("train.steps=3") if "warning" in line]
+
+
+def test_packing_says_what_it_wastes_and_what_it_cuts(here: Path) -> None:
+    (line,) = [line for line in said_of("data.packing=documents") if line.startswith("packing")]
+    data = opened()[1]
+    lengths = np.diff(data.parts[0].train.document_starts, append=data.n_tokens)
+    assert f"{(lengths > 16).sum()} of 60 documents are longer than a row" in line
+    assert "% padding" in line
+
+
+def test_damage_found_while_opening_is_said_as_such(here: Path) -> None:
+    Path("data/cats/manifest.json").write_text(json.dumps({}))
+    with pytest.raises(CorruptError):
+        opened()

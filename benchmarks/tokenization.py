@@ -329,12 +329,12 @@ def main() -> None:
             corpora = {path.stem: documents(path) for path in args.text}
             corpora = corpora or {"code": standard_library(n_bytes), "sentences": list(sentences(n_bytes))}
             for name, texts in corpora.items():
-                learned = head(texts, LEARNED_BYTES)
-                share = LEARNED_BYTES // len(learned)
+                learned = [text[:LEARNED_BYTES] for text in head(texts, LEARNED_BYTES)]
+                n_entries = 4096 if args.quick else VOCAB_SIZE  # or as many as the text supports
                 tokenizer = (
                     Tokenizer.load(args.tokenizer)
                     if args.tokenizer
-                    else tokenizers.train([text[:share] for text in learned], "bpe", 4096 if args.quick else VOCAB_SIZE)
+                    else tokenizers.train(learned, "bpe", None, corpus_bytes=n_entries**2)
                 )
                 print(f"{name}: {size(texts):.1f} MB in {len(texts)} documents", flush=True)
                 rows += speed(name, texts, tokenizer, n_peer, repeats, Path(temporary))

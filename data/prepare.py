@@ -49,7 +49,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, metavar="N", help="processes; all cores by default")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set made from other text or settings")
     step = parser.add_mutually_exclusive_group()
-    step.add_argument("--scan", action="store_true", help="only the pass over the whole text, before --part and --merge")
+    step.add_argument(
+        "--scan", action="store_true", help="only the pass over the whole text, before --part and --merge"
+    )
     step.add_argument("--part", metavar="I/N", help="only every N-th chunk of a scanned text, from the I-th on")
     step.add_argument("--merge", action="store_true", help="make the data set of a scanned text whose parts are done")
     parser.add_argument(
@@ -65,11 +67,12 @@ def main(argv: list[str]) -> None:
     from rich.table import Table
 
     from gpt import config, prepare
+    from gpt.recipe import PrepareConfig, as_source
 
     console = Console()
     if args.keys:
         table = Table("setting", "type", "default", "meaning", box=None)
-        for row in config.describe(prepare.PrepareConfig):
+        for row in config.describe(PrepareConfig):
             table.add_row(*map(str, row))
         console.print(table)
         return
@@ -86,9 +89,11 @@ def main(argv: list[str]) -> None:
     elif args.out is None:
         raise ValueError(f"name the data set to make: python data/prepare.py {' '.join(args.input)} --out data/NAME")
     else:
-        options = {name: text for name in ("field", "template", "separator") if (text := getattr(args, name)) is not None}
-        inputs = [{**prepare.as_source(text), **options} for text in args.input]
-        settings = config.load(prepare.PrepareConfig, None, [f"input={json.dumps(inputs)}", *changes])
+        options = {
+            name: text for name in ("field", "template", "separator") if (text := getattr(args, name)) is not None
+        }
+        inputs = [{**as_source(text), **options} for text in args.input]
+        settings = config.load(PrepareConfig, None, [f"input={json.dumps(inputs)}", *changes])
         out = args.out
     if args.part is not None:
         part, n_parts = fraction(args.part)

@@ -6,7 +6,7 @@ It reads a data set, which also checks every block of it, and prints; it changes
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
@@ -39,15 +39,16 @@ class Report:
     scripts: list[tuple[str, int, int]]
     sources: list[tuple[str, int, int, int]]  # name, documents, bytes, tokens
     example: list[str]
-    notes: list[str]  # of documents that are not there, or twice
-    skipped: list[str]
+    notes: list[str] = field(compare=False)  # on how it was made: what was left out, what went in and came out
+    skipped: list[str] = field(compare=False)  # errors of bad records, the first of n_skipped
+    n_skipped: int = field(compare=False)
 
 
 def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def census(out: Path, *, notes: Sequence[str] = (), skipped: Sequence[str] = ()) -> Report:
+def census(out: Path, *, notes: Sequence[str] = (), skipped: Sequence[str] = (), n_skipped: int = 0) -> Report:
     """Read the data set back, which also checks every block of it."""
     tokenizer = Tokenizer.load(out)
     sets = {split: TokenSet(out, split) for split in SPLITS}
@@ -79,6 +80,7 @@ def census(out: Path, *, notes: Sequence[str] = (), skipped: Sequence[str] = ())
         example=[tokenizer.piece(token) for token in first if token not in tokenizer.control_ids],
         notes=list(notes),
         skipped=list(skipped),
+        n_skipped=n_skipped,
     )
 
 
@@ -136,8 +138,8 @@ def show(report: Report, console: Console) -> None:
         )
     for note in report.notes:
         say(console, note)
-    if report.skipped:
-        say(console, f"{len(report.skipped)} bad records were skipped:")
+    if report.n_skipped:
+        say(console, f"{report.n_skipped:,} bad records were skipped:")
         for line in report.skipped[:SHOWN_RECORDS]:
             say(console, f"  {line}")
     styles = cycle(("black on cyan", "black on yellow"))

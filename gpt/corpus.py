@@ -12,13 +12,12 @@ import io
 import json
 import os
 import re
-import string
 import sys
 import sysconfig
 import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -26,12 +25,11 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from gpt import durable, fetch, formats, hub, signals
+from gpt import durable, fetch, fields, formats, hub, signals
 from gpt.config import Settings
 from gpt.formats import BadRecord, Form
 
 SKIPPING = "--on-bad-record skip leaves such text out"
-DEFAULT_FIELD = "text"
 PLACES = ("path", "url", "python", "hub")
 Bad = Callable[[BadRecord], None]
 Records = Iterator[tuple[int, int, Any]]  # (start, end, value)
@@ -92,15 +90,15 @@ class Source(Settings):
     def _one_place(self) -> Self:
         if sum(getattr(self, place) is not None for place in PLACES) != 1:
             raise ValueError("an input has exactly one of path, url, hub and python")
-        fields = [name for name in ("field", "template", "ids") if getattr(self, name) is not None]
-        if len(fields) > 1:
-            raise ValueError(f"an input has one of {' and '.join(fields)}, not both")
-        if fields and self.separator is not None:
-            raise ValueError(f"an input has {fields[0]} (records) or a separator (text), not both")
+        ways = [name for name in ("field", "template", "ids") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"an input has one of {' and '.join(ways)}, not both")
+        if ways and self.separator is not None:
+            raise ValueError(f"an input has {ways[0]} (records) or a separator (text), not both")
         if self.separator == "":
             raise ValueError("separator must not be empty")
         if self.template is not None:
-            _keys(self.template)
+            fields.template_keys(self.template)
         if self.begins is not None:
             try:
                 re.compile(self.begins)
@@ -186,7 +184,8 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
         return [file(fetch.fetch(source.url, source.sha256, downloads, say), source.url, explicit=True)]
     if source.hub is not None:
         chosen = hub.choose(source.hub, source.config, source.split, source.data_files)
-        found = hub.stream(chosen, _columns(source), spool, say) if source.streaming else hub.download(chosen, say)
+        columns = fields.columns(source.field, source.template, source.ids)
+        found = hub.stream(chosen, columns, spool, say) if source.streaming else hub.download(chosen, say)
         return [file(path, label, explicit=False) for path, label in found]
     if source.python is not None:
         return [file(path, str(path), explicit=False) for path in _standard_library(source.exclude)]
@@ -414,7 +413,7 @@ def _records(stream: io.BufferedReader, source: Source, kind: formats.Kind, star
     if kind == "text":
         separator = (source.separator or "").encode()
         return formats.spans(stream, separator, start, end) if separator else formats.pieces(stream, start, end)
-    columns = _columns(source)
+    columns = fields.columns(source.field, source.template, source.ids)
     if kind == "parquet":
         return _guarded(formats.parquet_rows(stream, columns))
     if kind == "json":
@@ -485,15 +484,12 @@ def _explained(error: Exception, kind: formats.Kind, at: int) -> str:
         if 0xDC80 <= code <= 0xDCFF and kind in formats.DELIMITERS:  # how table_rows hands on what it cannot decode
             return f"not UTF-8 (0x{code - 0xDC00:02x})"
         return "its text has half of a surrogate pair, which is no character"
-    return str(error)
-
-
-# Picking the text out of a record
+    return f"{error} (in what begins at byte {at})" if kind == "text" and at else str(error)
 
 
 def _taker(source: Source, kind: formats.Kind) -> Take:
     """What makes a record's text of it; None of a blank line. It raises BadRecord or UnicodeError."""
-    pick = _picker(source)
+    pick = fields.picker(source.field, source.template, source.ids)
 
     def plain(value: bytes | BadRecord) -> str:
         if isinstance(value, BadRecord):
@@ -523,90 +519,3 @@ def _taker(source: Source, kind: formats.Kind) -> Take:
 
     decode, bare = json.JSONDecoder().decode, kind == "json" and not _has_fields(source)
     return plain if kind == "text" else line if kind == "jsonl" else record
-
-
-def _picker(source: Source) -> Callable[[Any], str]:
-    """What makes a text of an object with fields. It raises BadRecord."""
-    if source.template is not None:
-        parts = _keys(source.template)
-        return lambda record: "".join(
-            literal + ("" if key is None else _as_text(_value(record, key), key, numbers=True))
-            for literal, key in parts
-        )
-    if source.ids is not None:
-        ids = source.ids
-        return lambda record: _as_ids(_value(record, ids), ids)
-    field = source.field or DEFAULT_FIELD
-
-    def pick(record: Any) -> str:
-        if type(record) is dict:
-            text = record.get(field)
-            if type(text) is str:
-                return text
-        return _as_text(_value(record, field), field, numbers=False)
-
-    return pick
-
-
-def _value(record: Any, field: str) -> Any:
-    """The value of a field: of that name, or by the dots in it."""
-    if not isinstance(record, Mapping):
-        raise BadRecord(f"expected a JSON object with a field '{field}', got {_type(record)}")
-    if field in record:
-        return record[field]
-    value: Any = record
-    for name in field.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            raise formats.no_field(field, record)
-        value = value[name]
-    return value
-
-
-def _as_text(value: Any, field: str, *, numbers: bool) -> str:
-    """A text; a list of texts joined by line feeds; nothing is the empty text."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return "\n".join(_as_text(each, field, numbers=numbers) for each in value)
-    if numbers and isinstance(value, (int, float)):
-        return json.dumps(value)
-    raise BadRecord(f"field '{field}' is {_type(value)}, expected text or a list of texts")
-
-
-def _as_ids(value: Any, field: str) -> str:
-    if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
-        wrong = next((e for e in value if type(e) is not int or e < 0), None) if isinstance(value, list) else value
-        raise BadRecord(f"field '{field}' holds {_shown(wrong)}, expected a list of ids, which are integers from 0 on")
-    return " ".join(map(str, value))
-
-
-def _type(value: object) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _keys(template: str) -> list[tuple[str, str | None]]:
-    """(literal text, field behind it) of each part of a template; ValueError for more than plain fields in braces."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; write {{{{ and }}}} for braces") from None
-    for _, key, spec, conversion in parts:
-        if key is not None and (spec or conversion or not re.fullmatch(r"[^\s\[\]!:{}]+", key)):
-            raise ValueError(f"template {template!r}: expected the name of a field in braces, as in {{title}}")
-    if all(key is None for _, key, _, _ in parts):
-        raise ValueError(f"template {template!r} names no field, as {{title}} does: every document would be the same")
-    return [(literal, key) for literal, key, _, _ in parts]
-
-
-def _columns(source: Source) -> frozenset[str]:
-    """The fields that a source's text is made of."""
-    if source.template is not None:
-        return frozenset(key for _, key in _keys(source.template) if key is not None)
-    return frozenset({source.ids or source.field or DEFAULT_FIELD})

@@ -190,9 +190,10 @@ class Lock:
             except OSError as error:
                 self._file.close()
                 raise ValueError(f"{path} cannot be locked ({error.strerror}); use a disk of this machine") from None
-            if path.exists() and path.stat().st_ino == os.fstat(self._file.fileno()).st_ino:
-                break
-            self._file.close()  # a lock on a file that was deleted keeps nobody out
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(self._file.fileno())):
+                    break
+            self._file.close()  # a lock on a file that was deleted, or moved away with its directory, keeps nobody out
         self._file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "what": what, "since": since}, self._file)
@@ -208,7 +209,7 @@ class Lock:
             return "another process: wait for it or stop it"
 
     def release(self) -> None:
-        """Let others in. Only who holds it alone may have deleted the file."""
+        """Let others in. Only who holds it alone may move its directory away, and then delete it."""
         self._file.close()
 
     def __enter__(self) -> Self:

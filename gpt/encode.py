@@ -31,6 +31,7 @@ KEPT, LONGEST = 1 << 15, 256  # longer units: how many are kept twice, and how l
 
 CHECKED = 1 << 16  # characters of the first text that gigatoken encodes, whose ids are checked
 CHECKED_LATER = 1 << 12  # of each later batch
+_NOT_ITS_FAULT = (KeyboardInterrupt, SystemExit, MemoryError)
 FULL_BYTES = 256 << 20  # by how much the process may grow before gigatoken's own cache, which has no end, is dropped
 FULL_TEXT = 256 << 20  # characters after which it is where memory cannot be measured
 
@@ -444,8 +445,8 @@ class _Gigatoken:
         self._json = json.dumps({**raw, "added_tokens": [], "normalizer": None, "post_processor": None})
         self._load: Callable[[str], Any] = gigatoken.Tokenizer.from_json
         self._reference, self._dtype = reference, token_dtype(tokenizer.size)
-        self._lengths = tokenizer.byte_lengths.copy()
-        self._lengths[list(tokenizer.control_ids)] = -1 << 40  # whose presence shows in any sum
+        self._lengths = tokenizer.byte_lengths.astype(np.int32)
+        self._lengths[list(tokenizer.control_ids)] = -1 << 30  # whose presence shows in any sum
         self.version = importlib.metadata.version("gigatoken")
         self._backend: Any = self._load(self._json)
         self._n_encoded, self._grown = 0, _memory()
@@ -479,9 +480,10 @@ class _Gigatoken:
         ids, bounds = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
         if len(bounds) != len(texts) + 1 or bounds[0] != 0 or bounds[-1] != len(ids):
             raise ValueError(f"it returned {len(bounds) - 1} texts for {len(texts)}")
-        n_bytes = np.diff(np.append(0, np.cumsum(self._lengths[ids]))[bounds])
+        until = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(self._lengths[ids], out=until[1:])
         ids = ids.astype(self._dtype)
-        return [ids[start:end] for start, end in pairwise(bounds.tolist())], n_bytes
+        return [ids[start:end] for start, end in pairwise(bounds.tolist())], np.diff(until[bounds])
 
     def _renew(self, n_characters: int) -> None:
         """Begin with an empty cache once it has grown large."""
@@ -512,7 +514,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, *, fast: bool = True) -> None:
         self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.size)
-        raw = json.loads(tokenizer.files()["tokenizer.json"])
+        raw = tokenizer.raw
         self._composes = raw.get("normalizer") == {"type": "NFC"}
         self._way, self.how = self._choose(raw)
         self._gigatoken: _Gigatoken | None = None
@@ -523,7 +525,9 @@ class Encoder:
                 self.how = f"gigatoken {self._gigatoken.version} (ids checked)"
             except ImportError:
                 pass
-            except Exception as error:  # whatever another version of it may do
+            except _NOT_ITS_FAULT:
+                raise
+            except BaseException as error:  # a panic in it is no Exception
                 self.how = f"word cache (not gigatoken: {error})"
 
     def _choose(self, raw: Mapping[str, Any]) -> tuple[_Cached | _Characters | None, str]:
@@ -564,7 +568,9 @@ class Encoder:
             return self._way.encode(texts)
         try:
             encoded = self._gigatoken.encode(texts, CHECKED_LATER if self._is_tried else CHECKED)
-        except Exception as error:
+        except _NOT_ITS_FAULT:
+            raise
+        except BaseException as error:
             if self._is_tried:
                 version = self._gigatoken.version
                 raise ValueError(

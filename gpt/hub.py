@@ -25,6 +25,8 @@ SPLITS = {  # words in file names that mean a split, where the data set's card n
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+SHARDED = re.compile(r"(?:.*/)?data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
+CLIENTS = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")  # packages whose errors are of the network
 SHOWN = 12  # names in an error
 
 
@@ -130,10 +132,14 @@ def _within(name: str, names: list[str], config: str | None) -> list[str]:
 
 
 def _splits_by_name(names: list[str]) -> dict[str, list[str]]:
-    """Files by the split that a word in their path means; all are `train` if none says anything."""
+    """Files as their names say: data/SPLIT-00000-of-00009..., the hub's own pattern, and then nothing else; or a split that
+    a word in their path means; or all are `train` if none says anything."""
     data = [file for file in names if _is_data(file)]
     found: dict[str, list[str]] = {}
     for file in data:
+        if match := SHARDED.fullmatch(file):
+            found.setdefault(match[1], []).append(file)
+    for file in data if not found else ():
         words = re.split(r"[^a-z]+", file.lower())
         for split, meaning in SPLITS.items():
             if any(word in words for word in meaning):
@@ -249,6 +255,7 @@ def _records(raw: Any, form: formats.Form, columns: frozenset[str]) -> Iterator[
 @contextmanager
 def _in_words(name: str) -> Iterator[None]:
     """Turns what the hub's library, and the client under it, raise into ValueErrors in words."""
+    api = huggingface_hub.HfApi()  # which also loads what the next lines name: the library loads its parts when asked
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     try:
@@ -256,15 +263,15 @@ def _in_words(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # of the library, about its own affairs
             yield
     except Exception as error:
-        words = _words(error, parse(name)[0])
+        words = _words(error, parse(name)[0], api.endpoint)
         if words is None:
             raise
         raise ValueError(f"{name}: {words}") from None
 
 
-def _words(error: Exception, repository: str) -> str | None:
+def _words(error: Exception, repository: str, where: str) -> str | None:
     """What an error of the hub's means; None for any other."""
-    where, errors = huggingface_hub.HfApi().endpoint, huggingface_hub.errors
+    errors = huggingface_hub.errors
     if isinstance(error, errors.GatedRepoError):
         return f"its owner asks for consent; give it at {where}/datasets/{repository}, then hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -275,8 +282,6 @@ def _words(error: Exception, repository: str) -> str | None:
     if isinstance(error, errors.HfHubHTTPError):
         return f"{where} did not answer as it should ({first}); run the same command again"
     package = type(error).__module__.partition(".")[0]
-    if isinstance(error, ConnectionError | TimeoutError) or package.startswith(
-        ("httpx", "httpcore", "huggingface_hub")
-    ):
+    if isinstance(error, ConnectionError | TimeoutError) or package.startswith(CLIENTS):
         return f"{where} could not be reached ({first}); run the same command again"
     return None

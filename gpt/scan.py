@@ -1,13 +1,10 @@
-"""The one pass over a corpus: a table of its documents on disk, and all that follows from it.
+"""The one pass over a corpus, and all that looks at the whole of it: duplicates, split, chunks, fingerprint, sample.
 
-Every document becomes a row of fixed width: where it stands, how long it is, the hash of its text. Text that is not
-cheap to find again (compressed, columns, a stream) is copied beside the table. What looks at the whole corpus -
-duplicates, the split, the chunks, its fingerprint - is computed from the table; the tokenizer's sample is drawn on the way.
+The pass writes a table of documents; everything else is computed from that table, in memory that does not depend on the
+size of the corpus. So it is the same however the corpus is read afterwards, and need not be done again to continue.
 """
 
 import hashlib
-import heapq
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,49 +14,32 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
-from gpt import corpus, durable
-from gpt.corpus import BadRecord, File
+from gpt import corpus, signals
+from gpt.corpus import BadRecord
+from gpt.table import GIVEN, Input, Table, Writer, texts
 
-CHUNK_BYTES = 64 << 20
-SAMPLE_CHARACTERS = 1 << 16  # a longer document is drawn in pieces of this length
-DOCUMENT_PIECES = 64  # of one document at most: no single one is the language
+CHUNK_BYTES = 64 << 20  # of a chunk's text, of large corpora; those of smaller ones are a CHUNKS-th of it
+LEAST_BYTES = 8 << 20  # but at least this
+CHUNKS = 32  # so that many processes have something to do
+CHUNK_DOCUMENTS = 1 << 20  # most rows of a chunk, which a process holds
 TAIL_DOCUMENTS = 20  # split: auto takes whole documents from so many on
-BUCKETS = 1 << 16  # of document hashes, whose sizes are counted to cut the split at a fraction of the bytes
-ROWS = 1 << 14  # written, and read, at a time
+BUCKETS = 1 << 16  # of hashes, whose sizes are counted to cut at a fraction of the bytes
+PIECE_CHARACTERS = 1 << 16  # a longer document is drawn in pieces of this length
+DOCUMENT_SHARE = 16  # of what is drawn from a source, one document is a sixteenth at most while there is other text
+RUN_ROWS = 1 << 10  # of the sample that are read at a time
+SHOWN_RECORDS = 100  # bad ones whose errors are kept
 SPLITS = ("train", "val")
-
-ROW = np.dtype(
-    [
-        ("value", "<u8"),  # the first 64 bits of the sha256 of the text: its place in the hash split
-        ("rest", "<u8"),  # the next 64
-        ("start", "<u8"),  # in the file, or where the spool holds it
-        ("end", "<u8"),
-        ("n_bytes", "<u8"),  # raw UTF-8
-        ("file", "<u4"),
-        ("source", "<u2"),
-        ("given", "u1"),  # the split that it was given for: 0 none, 1 train, 2 val
-        ("dropped", "u1"),  # a duplicate that is left out
-    ]
-)
-GIVEN = (None, *SPLITS)
-
-
-@dataclass(frozen=True)
-class Input:
-    """A file of the corpus, the number of its source, and the split that its whole text belongs to, if one is given."""
-
-    file: File
-    source: int
-    given: str | None
+VAL = GIVEN.index("val")
 
 
 class Part(NamedTuple):
-    """Text of a document in one split, its raw UTF-8 bytes, and the number of its source."""
+    """Text of a document in one split, its raw UTF-8 bytes, its source's number, whether it is the first of it."""
 
     split: str
     text: str
     n_bytes: int
     source: int
+    begins: bool
 
 
 @dataclass(frozen=True)
@@ -71,91 +51,76 @@ class Split:
     threshold: int  # hash: documents whose value is below are held out
 
     def parts(self, given: str | None, text: str, n_bytes: int, value: int, source: int) -> Iterator[Part]:
-        """The parts of a document that have any text."""
-        if self.mode == "tail":
-            cut = self.cut(len(text))
-            n_held_out = min(n_bytes, len(text[cut:].encode())) if cut < len(text) else 0
-            if cut:
-                yield Part("train", text[:cut], n_bytes - n_held_out, source)
-            if n_held_out:
-                yield Part("val", text[cut:], n_held_out, source)
-        elif self.mode == "given":
-            yield Part(given or "train", text, n_bytes, source)
+        """The parts of a document that have any text. `n_bytes` may count other bytes than the text's, if normalized."""
+        if self.mode == "given":
+            yield Part(given or "train", text, n_bytes, source, True)
+        elif self.mode == "hash":
+            yield Part("val" if value < self.threshold else "train", text, n_bytes, source, True)
         else:
-            yield Part("val" if value < self.threshold else "train", text, n_bytes, source)
+            cut = self.cut(len(text))
+            n_held_out = min(n_bytes, len(text[cut:].encode())) if cut else n_bytes
+            if cut:
+                yield Part("train", text[:cut], n_bytes - n_held_out, source, True)
+            if cut < len(text):
+                yield Part("val", text[cut:], n_held_out, source, not cut)
 
     def cut(self, n_characters: int) -> int:
         """Where the held-out tail of a document begins."""
         return int(n_characters * (1 - self.fraction))
 
 
-class Sample:
-    """Text for the tokenizer: all of it, or pieces with low seeded hashes that fit into `n_bytes`.
+# The pass
 
-    Every source is drawn from at the same rate: what goes when the room is full is the highest hash of the source that
-    most of its text so far is kept of.
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass over the corpus left out."""
+
+    left_out: dict[str, int]  # "empty", "too short", "too long" -> documents
+    n_skipped: int  # bad records
+    skipped: list[str]  # errors of the first of them
+
+
+def scan(
+    inputs: Sequence[Input],
+    work: Path,
+    *,
+    skip_bad: bool,
+    check: Callable[[str, str], None] | None,
+    advance: Callable[[int], None],
+) -> Pass:
+    """Read the corpus once, and write its table and spool into `work`.
+
+    `check` is shown each text and what its place is called, `advance` is told of bytes as they are read; both may raise.
+    ValueError in words for what cannot be read.
     """
+    left_out: Counter[str] = Counter()
+    skipped: list[str] = []
+    n_skipped = 0
 
-    def __init__(self, n_bytes: int, seed: int) -> None:
-        self._room, self._key = n_bytes, seed.to_bytes(8, "little", signed=True)
-        # By source, lowest first: the negated hash of the next to go, and what is needed to cut off held-out text.
-        self._heaps: dict[int, list[tuple[int, int, int, int, int, str]]] = {}
-        self._kept: Counter[int] = Counter()
-        self._seen: Counter[int] = Counter()
-        self._drawn: set[tuple[int, int]] = set()
+    def skip(error: BadRecord) -> None:
+        nonlocal n_skipped
+        n_skipped += 1
+        if n_skipped <= SHOWN_RECORDS:
+            skipped.append(str(error))
 
-    def add(self, text: str, digest: bytes, source: int, order: int) -> None:
-        """Draw from a document: `digest` is the sha256 of its text. A text that is there already is not drawn again."""
-        n, value = len(text), value_of(digest)
-        pieces = []
-        for start in range(0, n, SAMPLE_CHARACTERS):
-            drawn = hashlib.blake2b(digest + start.to_bytes(8, "little"), key=self._key, digest_size=8).digest()
-            pieces.append((int.from_bytes(drawn, "big"), start))
-        heap = self._heaps.setdefault(source, [])
-        for drawn_at, start in sorted(heapq.nsmallest(DOCUMENT_PIECES, pieces), key=lambda piece: piece[1]):
-            part = text[start : start + SAMPLE_CHARACTERS]
-            size = len(part.encode())
-            self._seen[source] += size
-            if (drawn_at, start) in self._drawn:
-                continue
-            self._drawn.add((drawn_at, start))
-            heapq.heappush(heap, (-drawn_at, -order, value, start, n, part))
-            self._kept[source] += size
-            self._room -= size
-            while self._room < 0 and self._evict():
-                pass
-
-    def _evict(self) -> bool:
-        """Let the piece go that is least needed; False if only one of each source is left."""
-        full = [source for source, heap in self._heaps.items() if len(heap) > 1]
-        if not full:
-            return False
-        source = max(full, key=lambda each: (self._kept[each] / self._seen[each], -each))
-        negated, _, _, start, _, part = heapq.heappop(self._heaps[source])
-        self._drawn.discard((-negated, start))
-        size = len(part.encode())
-        self._kept[source] -= size
-        self._room += size
-        return True
-
-    def texts(self, split: Split) -> list[str]:
-        """The training part of what was drawn: a tokenizer that saw the validation text would flatter the model."""
-        pieces = [piece for source in sorted(self._heaps) for piece in self._heaps[source]]
-        if split.mode == "hash":
-            return [text for _, _, value, _, _, text in pieces if value >= split.threshold]
-        if split.mode == "tail":
-            return [text[: max(0, split.cut(n) - start)] for *_, start, n, text in pieces]
-        return [text for *_, text in pieces]
+    with Writer(work) as table:
+        for number, item in enumerate(inputs):
+            first = table.n_rows
+            for document in corpus.documents(item.file, skip=skip if skip_bad else None, tally=left_out):
+                if check is not None:
+                    check(document.text, f"{item.file.label}: document {table.n_rows - first + 1}")
+                table.add(document, number, item)
+                advance(document.n_bytes)
+    return Pass(dict(left_out), n_skipped, skipped)
 
 
-def value_of(digest: bytes) -> int:
-    """A document's place in the hash split: 64 bits of the sha256 of its content."""
-    return int.from_bytes(digest[:8], "big")
+# What the table tells
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows first .. last - 1 of the table, which become one shard a split."""
+    """Rows first .. last - 1 of the table, which become one shard a split; `n_bytes` of them are not left out."""
 
     first: int
     last: int
@@ -163,16 +128,14 @@ class Chunk:
 
 
 @dataclass
-class Scan:
-    """What the pass over the corpus found, duplicates already marked in the table."""
+class Survey:
+    """What looks at the whole corpus. All but the counts of duplicates is about what is not left out."""
 
-    sample: Sample
+    n_documents: int = 0
+    n_bytes: int = 0
+    n_repeated: int = 0
+    repeated_bytes: int = 0
     chunks: list[Chunk] = field(default_factory=list)
-    n_documents: int = 0  # with duplicates
-    n_bytes: int = 0  # without those that are left out
-    n_duplicates: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)  # too short, too long, empty
-    skipped: list[str] = field(default_factory=list)
     bucket_bytes: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, dtype=np.int64))
     lowest: int = 1 << 64
     highest: int = -1
@@ -180,157 +143,52 @@ class Scan:
     content: str = ""  # sha256 over the table, without places
 
 
-class Table:
-    """The rows in a file; written once, then read in blocks."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def n_rows(self) -> int:
-        return self.path.stat().st_size // ROW.itemsize
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """Rows first .. last - 1."""
-        with self.path.open("rb") as file:
-            file.seek(first * ROW.itemsize)
-            return np.frombuffer(file.read((last - first) * ROW.itemsize), ROW)
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        for first in range(0, self.n_rows, ROWS):
-            yield self.read(first, min(first + ROWS, self.n_rows))
-
-    def column(self, name: str) -> np.ndarray:
-        return np.concatenate([np.empty(0, ROW[name]), *(block[name] for block in self.blocks())])
-
-    def mark_duplicates(self, *, drop: bool) -> int:
-        """How many rows have the text of an earlier one; with `drop` they are marked. 17 bytes of memory a document."""
-        values = self.column("value")
-        order = np.argsort(values, kind="stable")
-        near = np.flatnonzero(values[order[1:]] == values[order[:-1]])  # only these can be equal
-        if not len(near):
-            return 0
-        candidates = np.unique(np.concatenate([order[near], order[near + 1]]))
-        seen: set[tuple[int, int]] = set()
-        rows = np.memmap(self.path, ROW, "r+")
-        n = 0
-        for at in candidates.tolist():
-            text = int(rows[at]["value"]), int(rows[at]["rest"])
-            if text in seen:
-                n += 1
-                if drop:
-                    rows[at]["dropped"] = 1
-            seen.add(text)
-        rows.flush()
-        return n
-
-
-class _Writer:
-    """Appends rows, and text that is not cheap to find again, to files in the working directory."""
-
-    def __init__(self, work: Path) -> None:
-        self._table, self._spool = (work / "documents").open("wb"), (work / "spool").open("wb")
-        self._rows: list[tuple[int, ...]] = []
-        self._at = self.n_rows = 0
-
-    def add(self, document: corpus.Document, number: int, item: Input) -> None:
-        start, end = document.start, document.end
-        if not item.file.direct:
-            start = self._at
-            self._at = end = start + self._spool.write(document.text.encode())
-        value, rest = value_of(document.digest), int.from_bytes(document.digest[8:16], "big")
-        given = GIVEN.index(item.given)
-        self._rows.append((value, rest, start, end, document.n_bytes, number, item.source, given, 0))
-        self.n_rows += 1
-        if len(self._rows) == ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        self._table.write(np.array(self._rows, ROW).tobytes())
-        self._rows.clear()
-
-    def close(self) -> None:
-        self.flush()
-        for file in (self._table, self._spool):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-
-
-def scan(
-    inputs: Sequence[Input],
-    work: Path,
-    *,
-    sample_bytes: int,
-    seed: int,
-    skip_bad: bool,
-    drop_duplicates: bool,
-    check: Callable[[str, str], None] | None,
-    advance: Callable[[int], None],
-) -> Scan:
-    """Read the corpus once: check it, write its table and spool into `work`, draw the sample, cut it into chunks.
-
-    `check` is shown each text and what its file is called, `advance` is told of bytes as they are read; both may raise.
-    ValueError in words for what cannot be read.
-    """
-    found = Scan(Sample(sample_bytes, seed))
-    skip: Callable[[BadRecord], None] | None = (lambda error: found.skipped.append(str(error))) if skip_bad else None
-    writer = _Writer(work)
-    try:
-        order = 0
-        for number, item in enumerate(inputs):
-            for document in corpus.documents(item.file, skip=skip, tally=found.left_out):
-                if check is not None:
-                    check(document.text, f"{item.file.label}: document {writer.n_rows + 1}")
-                writer.add(document, number, item)
-                if item.given != "val":
-                    order += 1
-                    found.sample.add(document.text, document.digest, item.source, order)
-                advance(document.n_bytes)
-    finally:
-        writer.close()
-    table = Table(work / "documents")
-    found.n_documents = table.n_rows
-    found.n_duplicates = table.mark_duplicates(drop=drop_duplicates)
-    _measure(found, table)
-    found.chunks = list(chunks(table))
-    return found
-
-
-def _measure(found: Scan, table: Table) -> None:
-    """What the split and the fingerprint need of the rows that are kept."""
+def survey(work: Path, *, drop: bool) -> Survey:
+    """Read the table of a finished pass. `drop`: leave out documents with the text of an earlier one."""
+    table, found = Table(work), Survey()
+    repeated = table.repeated()
+    found.n_repeated = int(np.count_nonzero(repeated))
+    if drop and found.n_repeated:
+        table.drop(repeated)
     content = hashlib.sha256()
-    for block in table.blocks():
-        kept = block[block["dropped"] == 0]
+    for first, rows in table.blocks():
+        signals.check()
+        found.repeated_bytes += int(rows["n_bytes"][repeated[first : first + len(rows)]].sum())
+        kept = rows[rows["dropped"] == 0]
         content.update(repack_fields(kept[["value", "rest", "n_bytes", "source", "given"]]).tobytes())
+        found.n_documents += len(kept)
         found.n_bytes += int(kept["n_bytes"].sum())
-        found.has_validation |= bool((kept["given"] == GIVEN.index("val")).any())
-        own = kept[kept["given"] != GIVEN.index("val")]
+        found.has_validation |= bool((kept["given"] == VAL).any())
+        own = kept[kept["given"] != VAL]
         if len(own):
             buckets = (own["value"] >> np.uint64(48)).astype(np.int64)
             found.bucket_bytes += np.bincount(buckets, own["n_bytes"], BUCKETS).astype(np.int64)
             found.lowest = min(found.lowest, int(own["value"].min()))
             found.highest = max(found.highest, int(own["value"].max()))
     found.content = content.hexdigest()
+    found.chunks = list(chunks(table, min(CHUNK_BYTES, max(LEAST_BYTES, found.n_bytes // CHUNKS))))
+    return found
 
 
-def chunks(table: Table) -> Iterator[Chunk]:
-    """Runs of rows whose kept text reaches CHUNK_BYTES, in order."""
-    first = at = n_bytes = 0
-    for block in table.blocks():
-        sizes = np.cumsum(np.where(block["dropped"], 0, block["n_bytes"]).astype(np.int64))
+def chunks(table: Table, size: int) -> Iterator[Chunk]:
+    """Runs of rows whose text reaches `size` bytes, or of CHUNK_DOCUMENTS rows, in order."""
+    first = n_bytes = 0
+    for at, rows in table.blocks():
+        sizes = np.cumsum(np.where(rows["dropped"], 0, rows["n_bytes"]).astype(np.int64))
         done = 0  # of this block's sizes, what earlier chunks have
-        while (cut := int(np.searchsorted(sizes, done + CHUNK_BYTES - n_bytes))) < len(sizes):
-            last = at + cut + 1
-            yield Chunk(first, last, n_bytes + int(sizes[cut]) - done)
-            first, n_bytes, done = last, 0, int(sizes[cut])
+        while True:
+            cut = int(np.searchsorted(sizes, done + size - n_bytes))
+            cut = min(cut, first + CHUNK_DOCUMENTS - at - 1)
+            if cut >= len(sizes):
+                break
+            yield Chunk(first, at + cut + 1, n_bytes + int(sizes[cut]) - done)
+            first, n_bytes, done = at + cut + 1, 0, int(sizes[cut])
         n_bytes += int(sizes[-1]) - done
-        at += len(block)
     if n_bytes:
-        yield Chunk(first, at, n_bytes)
+        yield Chunk(first, table.n_rows, n_bytes)
 
 
-def choose_split(found: Scan, *, asked: str, fraction: float, most_bytes: float | None = None) -> Split:
+def choose_split(found: Survey, *, asked: str, fraction: float, most_bytes: float | None = None) -> Split:
     """Where the held-out text lies: `asked` is given, tail, hash or auto; at most `most_bytes` of it where that is known."""
     if asked == "given":
         return Split("given", 0.0, 0)
@@ -345,47 +203,128 @@ def choose_split(found: Scan, *, asked: str, fraction: float, most_bytes: float 
 
 
 def parts(inputs: Sequence[Input], work: Path, chunk: Chunk, split: Split, *, skip_bad: bool) -> Iterator[Part]:
-    """The text of a chunk, read again; ValueError if it is not what was scanned."""
-    for rows in _runs(Table(work / "documents").read(chunk.first, chunk.last)):
-        item = inputs[int(rows[0]["file"])]
-        given = GIVEN[int(rows[0]["given"])]
-        for row, (text, digest) in zip(rows, _texts(item.file, work, rows, skip_bad), strict=True):
-            value = int(row["value"])
-            if value_of(digest) != value or int.from_bytes(digest[8:16], "big") != row["rest"]:
-                raise _changed(item.file)
-            if not row["dropped"]:
-                yield from split.parts(given, text, int(row["n_bytes"]), value, int(row["source"]))
+    """The text of a chunk, read again; table.Changed if it is not what was scanned."""
+    rows = Table(work).read(chunk.first, chunk.last)
+    columns = (rows[name].tolist() for name in ("dropped", "given", "n_bytes", "value", "source"))
+    found = texts(inputs, work, rows, skip_bad=skip_bad)
+    for text, dropped, given, n_bytes, value, source in zip(found, *columns, strict=True):
+        if not dropped:
+            yield from split.parts(GIVEN[given], text, n_bytes, value, source)
 
 
-def _runs(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of each file in turn."""
-    borders = np.flatnonzero(np.diff(rows["file"])) + 1
-    yield from (run for run in np.split(rows, borders) if len(run))
+# The tokenizer's sample
 
 
-def _texts(file: File, work: Path, rows: np.ndarray, skip_bad: bool) -> Iterator[tuple[str, bytes]]:
-    """(text, sha256) of rows of one file, from the file itself or from the spool; ValueError if there are fewer or more."""
-    if not file.direct:
-        with (work / "spool").open("rb") as spool:
-            spool.seek(int(rows[0]["start"]))
-            for row in rows:
-                data = spool.read(int(row["end"]) - int(row["start"]))
-                digest = hashlib.sha256(data).digest()
-                try:
-                    yield data.decode("utf-8"), digest
-                except UnicodeDecodeError:
-                    raise durable.CorruptError(f"{work / 'spool'}: it is not what was written; prepare again") from None
-        return
-    skip: Callable[[BadRecord], None] | None = (lambda error: None) if skip_bad else None
-    n = 0
-    for document in corpus.documents(file, int(rows[0]["start"]), int(rows[-1]["end"]), skip):
-        n += 1
-        if n > len(rows):
-            break
-        yield document.text, document.digest
-    if n != len(rows):
-        raise _changed(file)
+class _Pieces(NamedTuple):
+    """Pieces of training text in order: row, number within the document, bytes (about), source, place in the draw."""
+
+    row: np.ndarray  # all (n,)
+    number: np.ndarray
+    n_bytes: np.ndarray
+    source: np.ndarray
+    key: np.ndarray  # uint64, random: the lowest are drawn
+
+    def take(self, which: np.ndarray) -> "_Pieces":
+        return _Pieces(*(column[which] for column in self))
 
 
-def _changed(file: File) -> ValueError:
-    return ValueError(f"{file.label}: the text changed while it was prepared; run the same command again")
+class Sample:
+    """Training text to learn a vocabulary from: all of it, or pieces with low seeded hashes that make about `n_bytes`.
+
+    Each source gives its share of the bytes. A tokenizer that saw the validation text would flatter the model, so there
+    is none of it. Holds places, not text: it is read again each time the sample is iterated over.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Input], work: Path, split: Split, *, n_bytes: int, seed: int, skip_bad: bool
+    ) -> None:
+        self._inputs, self._table, self._split, self._skip_bad = inputs, Table(work), split, skip_bad
+        key = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+        self._key = np.array([int.from_bytes(key, "big")], dtype=np.uint64)
+        self._n_sources = 1 + max((item.source for item in inputs), default=0)
+        given = np.zeros(self._n_sources)
+        for pieces in self._blocks():
+            given += np.bincount(pieces.source, pieces.n_bytes, self._n_sources)
+        rates = None if given.sum() <= n_bytes else given * (n_bytes / given.sum())
+        drawn = self._all() if rates is None else self._lowest(rates)
+        self.n_bytes = int(drawn.n_bytes.sum())
+        self._row, self._number = drawn.row, drawn.number
+
+    def _blocks(self) -> Iterator[_Pieces]:
+        """All pieces that may be drawn, in order."""
+        for first, rows in self._table.blocks():
+            signals.check()
+            wanted = (rows["dropped"] == 0) & (rows["given"] != VAL)
+            n_chars = rows["n_chars"].astype(np.int64)
+            if self._split.mode == "hash":
+                wanted &= rows["value"] >= np.uint64(min(self._split.threshold, (1 << 64) - 1))
+            elif self._split.mode == "tail":
+                n_chars = (n_chars * (1 - self._split.fraction)).astype(np.int64)
+            n_pieces = np.where(wanted, -(-n_chars // PIECE_CHARACTERS), 0)
+            at = np.repeat(np.arange(len(rows)), n_pieces)
+            number = np.arange(len(at)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
+            length = np.minimum(n_chars[at] - number * PIECE_CHARACTERS, PIECE_CHARACTERS)
+            n_bytes = -(-rows["n_bytes"][at].astype(np.int64) * length // rows["n_chars"][at].astype(np.int64))
+            key = _mixed(rows["value"][at] ^ _mixed(self._key + number.astype(np.uint64)))
+            number, n_bytes, source = (column.astype(np.int32) for column in (number, n_bytes, rows["source"][at]))
+            yield _Pieces(first + at, number, n_bytes, source, key)
+
+    def _all(self) -> _Pieces:
+        none = (np.empty(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int32, np.uint64))
+        return _Pieces(*(np.concatenate(column) for column in zip(none, *self._blocks(), strict=True)))
+
+    def _lowest(self, rates: np.ndarray) -> _Pieces:
+        """Of each source the pieces with the lowest keys that fit into its `rates` (n_sources,) of bytes, one at least."""
+        sizes = np.zeros((self._n_sources, BUCKETS))
+        for pieces in self._ranked(rates):
+            bucket = (pieces.key >> np.uint64(48)).astype(np.int64)
+            np.add.at(sizes, (pieces.source, bucket), pieces.n_bytes)
+        last = (np.cumsum(sizes, axis=1) < rates[:, None]).sum(axis=1)  # the bucket in which a source is full
+        near = []
+        for pieces in self._ranked(rates):
+            near.append(pieces.take((pieces.key >> np.uint64(48)).astype(np.int64) <= last[pieces.source]))
+        found = _Pieces(*(np.concatenate(column) for column in zip(*near, strict=True)))
+        order = np.lexsort((found.row, found.key, found.source))
+        found = found.take(order)
+        begins = np.searchsorted(found.source, np.arange(self._n_sources))  # of each source
+        before = np.cumsum(found.n_bytes) - found.n_bytes
+        own = before - before[np.minimum(begins, len(before) - 1)][found.source]
+        drawn = found.take((own + found.n_bytes <= rates[found.source]) | (own == 0))
+        return drawn.take(np.lexsort((drawn.number, drawn.row)))
+
+    def _ranked(self, rates: np.ndarray) -> Iterator[_Pieces]:
+        """The pieces, those that a document has above its most behind all others."""
+        most = np.maximum(rates / DOCUMENT_SHARE / PIECE_CHARACTERS, 1).astype(np.int64)
+        for pieces in self._blocks():
+            key = pieces.key >> np.uint64(1)
+            begins = np.flatnonzero(pieces.number == 0)
+            counts = np.diff(np.append(begins, len(key)))
+            for i in np.flatnonzero(counts > most[pieces.source[begins]]).tolist():
+                own = np.arange(begins[i], begins[i] + counts[i])
+                late = own[np.argsort(key[own], kind="stable")[most[pieces.source[own[0]]] :]]
+                key[late] |= np.uint64(1 << 63)
+            yield pieces._replace(key=key)
+
+    def __iter__(self) -> Iterator[str]:
+        begins = np.flatnonzero(np.diff(self._row, prepend=-1) != 0)  # of each row's pieces
+        rows = self._row[begins]
+        bounds = np.append(begins, len(self._row)).tolist()
+        first = 0
+        while first < len(rows):  # rows that follow one another are read together
+            near = rows[first : first + RUN_ROWS]
+            n = int(np.argmax(np.append(np.diff(near) != 1, True))) + 1
+            run = self._table.read(int(rows[first]), int(rows[first]) + n)
+            for i, text in enumerate(texts(self._inputs, self._table.work, run, skip_bad=self._skip_bad), first):
+                signals.check()
+                if self._split.mode == "tail":
+                    text = text[: self._split.cut(len(text))]
+                for number in self._number[bounds[i] : bounds[i + 1]].tolist():
+                    yield text[number * PIECE_CHARACTERS : (number + 1) * PIECE_CHARACTERS]
+            first += n
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64, one to one, without a pattern (the finalizer of splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -132,7 +132,6 @@ def write_shard(
     directory: Target, name: str, documents: Iterable[Document], *, vocab_size: int, tokenizer_sha256: str
 ) -> ShardEntry:
     """Write one shard; ValueError for an id outside the vocabulary. Holds the shard in memory."""
-    dtype = token_dtype(vocab_size)
     ids: list[np.ndarray] = []
     index: list[tuple[int, int, int]] = []
     spans: list[tuple[int, int, int]] = []
@@ -141,16 +140,40 @@ def write_shard(
         array = _checked_ids(f"{name}: document {len(index)}", document, vocab_size)
         index.append((n_tokens, document.n_bytes, document.source))
         spans += [(n_tokens + s.start, n_tokens + s.end, SPAN_KINDS.index(s.kind)) for s in sorted(document.spans)]
-        ids.append(array.astype(dtype))
+        ids.append(array)
         n_tokens += len(array)
-    max_id = max((int(array.max()) for array in ids), default=0)
-    counts = (n_tokens, len(index), len(spans), max_id)
+    arrays, n_bytes = (ids, np.array(index, DOCUMENT), np.array(spans, SPAN)), sum(n for _, n, _ in index)
+    return write_arrays(directory, name, *arrays, n_bytes, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
+
+
+def write_arrays(
+    directory: Target,
+    name: str,
+    ids: Sequence[np.ndarray],
+    documents: np.ndarray,
+    spans: np.ndarray,
+    n_bytes: int,
+    *,
+    vocab_size: int,
+    tokenizer_sha256: str,
+) -> ShardEntry:
+    """`write_shard` of whole arrays: `ids` in blocks that stand end to end, the index (n_documents,) of DOCUMENT, whose
+    documents follow one another, the spans (n_spans,) of SPAN by start, and the documents' bytes as counted by the caller.
+    """
+    dtype, n_tokens = token_dtype(vocab_size), sum(map(len, ids))
+    low = min((int(block.min()) for block in ids if len(block)), default=0)
+    high = max((int(block.max()) for block in ids if len(block)), default=0)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} has ids from {low} to {high}; the vocabulary ends at {vocab_size - 1}")
+    counts = (n_tokens, len(documents), len(spans), high)
     header = np.array((MAGIC, VERSION, dtype.itemsize, *counts, tokenizer_sha256.encode(), b""), HEADER)
     header["checksum"] = _header_checksum(header)
-    body = b"".join(part.tobytes() for part in (header, *ids, np.array(index, DOCUMENT), np.array(spans, SPAN)))
-    hashes = b"".join(hashlib.sha256(body[i : i + BLOCK]).digest() for i in range(0, len(body), BLOCK))
+    blocks = (block.astype(dtype, copy=False) for block in ids)
+    body = b"".join(part.tobytes() for part in (header, *blocks, documents, spans))
+    view = memoryview(body)
+    hashes = b"".join(hashlib.sha256(view[i : i + BLOCK]).digest() for i in range(0, len(body), BLOCK))
     sha256 = directory.write(name, [body, hashes])
-    return ShardEntry(name, sha256, n_tokens, len(index), sum(n_bytes for _, n_bytes, _ in index))
+    return ShardEntry(name, sha256, n_tokens, len(documents), n_bytes)
 
 
 def _checked_ids(where: str, document: Document, vocab_size: int) -> np.ndarray:

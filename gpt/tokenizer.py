@@ -280,6 +280,11 @@ class Tokenizer:
         text = json.dumps(self._raw, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def raw(self) -> Mapping[str, Any]:
+        """The content of tokenizer.json."""
+        return self._raw
+
     def files(self) -> dict[str, bytes]:
         """What a data set or checkpoint stores: tokenizer.json, and tokenizer_config.json, without which transformers
         would swap in the pre-tokenizer of a model type and read control tokens from text."""

@@ -24,8 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from gpt import durable, signals
 from gpt.census import say
 from gpt.encode import Encoder
-from gpt.scan import SPLITS, Chunk, Input, Part, Split, parts
-from gpt.shards import Document, token_dtype, write_shard
+from gpt.scan import SPLITS, Chunk, Part, Split, parts
+from gpt.shards import DOCUMENT, SPAN, ShardEntry, token_dtype, write_arrays
+from gpt.table import Input
 from gpt.tokenizer import Tokenizer
 
 BATCH_BYTES = 4 << 20  # text that is encoded at a time
@@ -104,22 +105,65 @@ class Folder:
         return durable.write_file(self.path / name, chunks)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What is written of a finished chunk: what went in, counted on the way, and the shards that came out."""
+
+    n_documents: int
+    n_ids: int  # of their text, without start tokens
+    how: str  # it was encoded
+    entries: dict[str, ShardEntry]
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        values = json.loads(path.read_bytes())
+        return cls(**values | {"entries": {split: ShardEntry(**entry) for split, entry in values["entries"].items()}})
+
+
+class _Shard:
+    """Documents of one split as they come, as arrays."""
+
+    def __init__(self, start_id: int, dtype: np.dtype) -> None:
+        self._start = np.array([start_id], dtype)
+        self._ids: list[np.ndarray] = []
+        self._index: list[np.ndarray] = []
+        self.n_tokens = self.n_bytes = 0
+
+    def add(self, parts: Sequence[Part], encoded: Sequence[np.ndarray]) -> None:
+        """Append texts, each with a start token in front of its ids."""
+        lengths = np.array([1 + len(ids) for ids in encoded])
+        index = np.empty(len(parts), DOCUMENT)
+        index["start"] = self.n_tokens + np.cumsum(lengths) - lengths
+        index["n_bytes"] = [part.n_bytes for part in parts]
+        index["source"] = [part.source for part in parts]
+        self._index.append(index)
+        self._ids.append(np.concatenate([array for ids in encoded for array in (self._start, ids)]))
+        self.n_tokens += int(lengths.sum())
+        self.n_bytes += sum(part.n_bytes for part in parts)
+
+    def write(self, job: Job, name: str, tokenizer: Tokenizer) -> ShardEntry:
+        """Write the shard into the data set."""
+        arrays = self._ids, np.concatenate(self._index), np.empty(0, SPAN), self.n_bytes
+        folder = Folder(job.finished)
+        return write_arrays(folder, name, *arrays, vocab_size=tokenizer.size, tokenizer_sha256=tokenizer.sha256)
+
+
 def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, advance: Callable[[int], None]) -> None:
-    """Write the shards of a chunk and, when they stand, its record. ValueError if the text is not what was scanned."""
-    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
-    start = np.array([tokenizer.start_id], token_dtype(tokenizer.size))
+    """Write the shards of a chunk and, when they stand, its record. table.Changed if the text is not what was scanned."""
+    shards = {split: _Shard(tokenizer.start_id, token_dtype(tokenizer.size)) for split in SPLITS}
+    n_documents = n_ids = 0
     for batch in _batches(parts(job.inputs, job.work, job.chunks[number], job.split, skip_bad=job.skip_bad)):
-        for part, ids in zip(batch, encoder.encode([part.text for part in batch]), strict=True):
-            splits[part.split].append(Document(np.concatenate([start, ids]), part.n_bytes, part.source))
+        encoded = encoder.encode([part.text for part in batch])
+        for split, shard in shards.items():
+            if own := [i for i, part in enumerate(batch) if part.split == split]:
+                shard.add([batch[i] for i in own], [encoded[i] for i in own])
+        n_documents += sum(part.begins for part in batch)
+        n_ids += sum(map(len, encoded))
         advance(sum(part.n_bytes for part in batch))
-    entries = {}
-    for split, documents in splits.items():
-        if documents:
-            name, made_with = f"{split}-{number:05d}.tok", {"tokenizer_sha256": tokenizer.sha256}
-            entries[split] = write_shard(Folder(job.finished), name, documents, vocab_size=tokenizer.size, **made_with)
-    durable.write_file(
-        job.record(number), json.dumps({split: asdict(entry) for split, entry in entries.items()}).encode()
-    )
+    filled = {split: shard for split, shard in shards.items() if shard.n_tokens}
+    entries = {split: shard.write(job, f"{split}-{number:05d}.tok", tokenizer) for split, shard in filled.items()}
+    made = Made(n_documents, n_ids, encoder.how, entries)
+    durable.write_file(job.record(number), json.dumps(asdict(made)).encode())
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:

@@ -18,7 +18,7 @@ SOURCES = sorted({*ROOMS, *ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")})
 DRAWING = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # What may be absent is imported where it is used.
-OPTIONAL = {"log": {"wandb"}, "formats": {"pyarrow"}, "corpus": {"datasets"}, "encode": {"gigatoken"}}
+OPTIONAL = {"log": {"wandb"}, "formats": {"pyarrow"}, "encode": {"gigatoken"}}
 
 
 @cache

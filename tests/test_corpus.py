@@ -486,6 +486,9 @@ def test_a_line_that_is_too_long_is_skipped_and_told(tmp_path: Path, monkeypatch
     (file,) = files(Source(path=f"{tmp_path}/a.jsonl"), tmp_path)
     assert [doc.text for doc in corpus.documents(file, skip=told.append)] == ["a", "b"]
     assert "a.jsonl:2: a record longer than 2 MiB" in str(told[0])
+    (file,) = files(Source(path=f"{tmp_path}/a.jsonl", separator="\n"), tmp_path)
+    assert len(list(corpus.documents(file, skip=told.append))) == 2
+    assert "(in what begins at byte 14)" in str(told[1])
 
 
 def test_a_hundred_thousand_empty_documents_are_none(tmp_path: Path) -> None:

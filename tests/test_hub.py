@@ -199,4 +199,11 @@ def test_files_are_parted_by_the_words_in_their_names_where_no_card_does() -> No
     assert hub._splits_by_name(names) == {
         "train": ["en/train-0.parquet"], "validation": ["en/validation.parquet"], "test": ["x_test.jsonl"],
     }  # fmt: skip
+    names = [
+        "data/train-00000-of-00002-2d5a.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/dev-00000-of-00001.jsonl",
+        "train.txt",
+    ]
+    assert hub._splits_by_name(names) == {"train": names[:2], "dev": names[2:3]}
     assert hub._splits_by_name(["b.parquet", "c.txt.gz"]) == {"train": ["b.parquet", "c.txt.gz"]}

@@ -179,7 +179,7 @@ MISTAKES = {
     "a word processor's file": Mistake(
         "prepare thesis.docx --out data/x",
         2,
-        ("thesis.docx: .docx is not plain text", "give .txt, .md"),
+        ("thesis.docx: .docx is not plain text", "extract its text"),
         lambda home: (home / "thesis.docx").write_bytes(b"PK\x03\x04\x00"),
     ),
     "text in another encoding": Mistake(

@@ -1,10 +1,13 @@
 """A data set is a pure function of text, tokenizer and settings, whatever happens while it is made; bad input is told."""
 
 import gzip
+import hashlib
 import io
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from gpt import config, corpus, durable, prepare, scan, signals, workers
+from gpt.encode import Encoder
 from gpt.prepare import PrepareConfig, Report
 from gpt.shards import TokenSet
 from gpt.tokenizer import END, Tokenizer
@@ -457,7 +461,7 @@ def test_skipped_records_are_counted_and_listed(text: Path, tmp_path: Path) -> N
 
 def command(*arguments: str | Path, cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=120)
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=600)
 
 
 def test_the_command_prepares_standard_input_and_says_what_to_do_next(tmp_path: Path) -> None:
@@ -568,21 +572,31 @@ def test_parts_made_apart_and_merged_are_the_set_of_one_command(
     n = prepare.scan_only(config, out, console=quiet)
     assert n > 4
     prepare.make_part(config, out, 3, 4, console=quiet)
-    with pytest.raises(ValueError, match=rf"\d+ of {n} chunks are not encoded: 1, 2, 4, .*--part"):
+    with pytest.raises(
+        ValueError, match=rf"\d+ of {n} chunks are not encoded: 1, 2, 4, .*run --part 1/4, --part 2/4, --part 4/4$"
+    ):
         prepare.merge(config, out, console=quiet)
     for part in (4, 1, 3, 2):
         prepare.make_part(config, out, part, 4, console=quiet)
-    before = {path.name: path.stat().st_ino for path in (tmp_path / ".parts.preparing" / "set").glob("*.tok")}
+    finished = tmp_path / ".parts.preparing" / "set"
+    before = {path.name: path.stat().st_ino for path in finished.glob("*.tok")}
+    (finished / ".train-00003.tok.tmp-12-0123abcd").touch()  # as a part that is killed leaves
     prepare.merge(config, out, console=quiet)
     assert content(out) == content(tmp_path / "whole")
     assert {path.name: path.stat().st_ino for path in out.glob("*.tok")} == before  # nothing was copied
     assert not (tmp_path / ".parts.preparing").exists()
 
 
+def merge(text: Path, out: Path) -> Report:
+    return prepare.merge(settings(text), out, console=Console(quiet=True))
+
+
 def test_a_part_needs_the_scan_of_its_own_settings(text: Path, tmp_path: Path) -> None:
     quiet, out = Console(quiet=True), tmp_path / "set"
-    with pytest.raises(FileNotFoundError, match=r"nothing is scanned yet.*--scan"):
-        prepare.make_part(settings(text), out, 1, 2, console=quiet)
+    for command in (lambda: prepare.make_part(settings(text), out, 1, 2, console=quiet), lambda: merge(text, out)):
+        with pytest.raises(FileNotFoundError, match=r"nothing is scanned yet.*--scan"):
+            command()
+    assert list(tmp_path.iterdir()) == []
     prepare.scan_only(settings(text), out, console=quiet)
     with pytest.raises(ValueError, match=r"scanned with other settings.*--scan"):
         prepare.make_part(settings(text, vocab_size=280), out, 1, 2, console=quiet)
@@ -604,19 +618,9 @@ def test_parts_run_beside_one_another_and_nothing_else_beside_them(text: Path, t
                 command(settings(text), out, console=quiet)
     with (
         durable.Lock(work / "part-1-of-1.lock", "part 1"),
-        pytest.raises(ValueError, match="part 1 is in use by pid"),
+        pytest.raises(ValueError, match=r"part 1 of 1 of .* is in use by pid"),
     ):
         prepare.make_part(settings(text), out, 1, 1, console=quiet)
-
-
-def test_the_settings_of_vocabularies_that_grow_or_hold_ids_are_checked() -> None:
-    for changes, words in (
-        (["grow=10"], "name it with tokenizer"),
-        (["tokenizer=a", "grow=10", "add_tokens=b"], "use one"),
-        (["kind=ids"], "kind ids needs vocab_size"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            settings_of(["input=a", *changes])
 
 
 def settings_of(overrides: list[str]) -> PrepareConfig:
@@ -675,35 +679,171 @@ def test_what_was_left_out_is_told(tmp_path: Path) -> None:
     )
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert sum(report.documents.values()) == len({poem(i) for i in range(40)})
-    assert "20 documents have the text of an earlier one: left out" in said
+    assert re.search(r"20 documents have the text of an earlier one \([\d,]+ bytes\): left out", said)
+    n_tokens, n_documents, n_bytes = (sum(each.values()) for each in (report.tokens, report.documents, report.bytes))
+    assert f"in = out: {n_documents:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens (with a start token" in said
+    assert f"encoded by {Encoder(Tokenizer.load(tmp_path / 'set')).how}" in said
     assert "1 documents were empty and left out" in said and "1 documents were too short and left out" in said
 
 
-@pytest.mark.slow
-def test_a_mixed_recipe_has_one_manifest_whatever_happens_to_it(tmp_path: Path) -> None:
-    """1, 2 and 3 workers, 4 parts merged, and a command killed twenty times: the same bytes."""
-    mixed(tmp_path)
-    rng = random.Random(5)
-    sets = []
+def test_a_pass_that_was_finished_is_not_done_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, bytes], small_chunks: None
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise signals.Stopped("stopped")
+
+    monkeypatch.setattr(prepare.tokenizers, "train", stop)
+    with pytest.raises(signals.Stopped):
+        run(settings(text), tmp_path / "set")
+    monkeypatch.undo()
+    monkeypatch.setattr(scan, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(scan, "scan", stop)
+    run(settings(text), tmp_path / "set")
+    assert content(tmp_path / "set") == golden
+
+
+def test_text_that_changed_behind_the_back_of_its_date_is_read_again(tmp_path: Path) -> None:
+    path, out = tmp_path / "a.txt", tmp_path / "set"
+    config = settings(path, vocab_size=None)
+    path.write_text("one text " * 99)
+    before = path.stat()
+    prepare.scan_only(config, out, console=Console(quiet=True))
+    path.write_text("two text " * 99)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"a\.txt: the text changed while it was prepared"):
+        prepare.make_part(config, out, 1, 1, console=Console(quiet=True))
+    run(config, out)
+    assert documents(out, "train")[0].startswith("two text")
+
+
+def test_another_data_set_is_refused_before_its_text_is_read(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(settings(text), tmp_path / "set")
+    monkeypatch.setattr(scan, "scan", None)
+    with pytest.raises(ValueError, match=r"other text or settings; add --overwrite"):
+        run(settings(text, vocab_size=280), tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_composed_text_counts_its_raw_bytes_on_both_sides_of_a_cut(tmp_path: Path) -> None:
+    texts = ["e\u0301", "e\u0301" * 50, "plain text " * 20, "a\u030a"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    values = [f"input={{path: {tmp_path / 'a.jsonl'}, normalize: nfc}}", "kind=char", "workers=1"]
+    report = run(settings_of(values), tmp_path / "set")
+    assert sum(report.bytes.values()) == sum(len(text.encode()) for text in texts)
+    assert "".join(documents(tmp_path / "set", "train")).count("é") == int(50 * 0.9)
+
+
+def test_what_does_not_come_out_as_it_went_in_is_an_error(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
+) -> None:
+    real = workers.parts
+    monkeypatch.setattr(workers, "parts", lambda *args, **kwargs: list(real(*args, **kwargs))[1:])
+    with pytest.raises(durable.CorruptError, match=r"went in and .* came out"):
+        run(settings(text), tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_full_disk_is_told_and_what_stood_before_stays(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x y z " * 100_000)
+    line = [sys.executable, str(ROOT / "data" / "prepare.py"), str(tmp_path / "a.txt"), "--out", str(tmp_path / "set")]
+    run(settings(text), tmp_path / "set")
+    before = content(tmp_path / "set")
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (99_000, 99_000));"
+    limit += " sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *line[1:], "--overwrite"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 5 and "out of disk" in done.stderr and "Traceback" not in done.stderr
+    assert content(tmp_path / "set") == before
+    assert subprocess.run([*line, "--overwrite"], capture_output=True, timeout=120).returncode == 0
+    assert TokenSet(tmp_path / "set", "train").n_documents == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}, "3/16"),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1", "PARTS": "16"}, "3/16"),
+        ({}, None),
+    ],
+)
+def test_the_slurm_example_names_its_part(tmp_path: Path, environment: dict[str, str], part: str | None) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    line = ["bash", str(ROOT / "configs" / "launch" / "prepare.slurm.sh"), "data/x.yaml"]
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(line, env=path | environment, capture_output=True, text=True)
+    if part is None:
+        assert done.returncode != 0 and "submit it with --array=1-N" in done.stderr
+    else:
+        assert done.stdout == f"data/prepare.py data/x.yaml --part {part} --workers 1\n"
+
+
+def one_set_whatever_happens(recipe: Path, kills: int) -> dict[str, bytes]:
+    """The data set of a recipe, which 1, 2 and 3 workers, four parts and a command killed at random moments all make."""
+    here, name, rng = recipe.parent, recipe.name, random.Random(5)
+    sets: list[dict[str, bytes]] = []
+    seconds: list[float] = []
+
+    def done(*arguments: str) -> str:
+        process = command(name, *arguments, cwd=here)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
     for n in (1, 2, 3):
-        assert command("mixed.yaml", "--out", f"w{n}", "--workers", str(n), cwd=tmp_path).returncode == 0
-        sets.append(content(tmp_path / f"w{n}"))
-    assert command("mixed.yaml", "--out", "parts", "--scan", cwd=tmp_path).returncode == 0
+        begun = time.monotonic()
+        said = done("--out", f"w{n}", "--workers", str(n))
+        seconds.append(time.monotonic() - begun)
+        sets.append(content(here / f"w{n}"))
+    done("--out", "parts", "--scan")
     for part in (2, 4, 1, 3):
-        assert command("mixed.yaml", "--out", "parts", "--part", f"{part}/4", cwd=tmp_path).returncode == 0
-    assert command("mixed.yaml", "--out", "parts", "--merge", cwd=tmp_path).returncode == 0
-    sets.append(content(tmp_path / "parts"))
-    for _ in range(20):
-        line = [sys.executable, str(ROOT / "data" / "prepare.py"), "mixed.yaml", "--out", "killed"]
-        process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.1, 1.5))
+        done("--out", "parts", "--part", f"{part}/4")
+    done("--out", "parts", "--merge")
+    sets.append(content(here / "parts"))
+    for i in range(kills):
+        line = [sys.executable, str(ROOT / "data" / "prepare.py"), name, "--out", "killed", "--workers", str(1 + i % 3)]
+        process = subprocess.Popen(line, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, max(seconds)))
         process.kill()
         process.wait(timeout=60)
-        if (tmp_path / "killed").exists():
-            sets.append(content(tmp_path / "killed"))
-            for file in (tmp_path / "killed").iterdir():
-                file.unlink()
-            (tmp_path / "killed").rmdir()
-    assert command("mixed.yaml", "--out", "killed", cwd=tmp_path).returncode == 0
-    sets.append(content(tmp_path / "killed"))
+        if (here / "killed").exists():
+            sets.append(content(here / "killed"))
+            shutil.rmtree(here / "killed")
+    done("--out", "killed")
+    sets.append(content(here / "killed"))
+    assert sorted(path.name for path in here.iterdir() if path.name.startswith(".")) == []
     assert all(each == sets[0] for each in sets)
+    (line,) = (line for line in said.splitlines() if line.startswith("in = out"))
+    print(f"\n{len(sets)} data sets, sha256 of manifest {hashlib.sha256(sets[0]['manifest.json']).hexdigest()}\n{line}")
+    return sets[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_mixed_recipe_has_one_manifest_whatever_happens_to_it(tmp_path: Path) -> None:
+    names = one_set_whatever_happens(mixed(tmp_path), kills=20)
+    assert "manifest.json" in names
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_real_corpora_have_one_manifest_whatever_happens_to_them(tmp_path: Path) -> None:
+    """`-s` prints it. The corpora are those of the recipes in data/, which have to be in data/downloads."""
+    import pyarrow
+    import pyarrow.parquet
+
+    poems, plays = (ROOT / "data" / "downloads" / name for name in ("tang-poems.jsonl", "tinyshakespeare.txt"))
+    if not (poems.exists() and plays.exists()):
+        pytest.skip("no tang-poems.jsonl and tinyshakespeare.txt in data/downloads")
+    rows = [json.loads(line)["text"].split("\n", 2) for line in poems.read_text().splitlines()]
+    columns = {"title": [row[0] for row in rows], "lines": [row[-1].split("\n") for row in rows]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "poems.parquet")
+    (tmp_path / "mixed.yaml").write_text(
+        f"input:\n- {{path: {poems}, name: poems}}\n- {{python: stdlib, exclude: [site-packages]}}\n"
+        f"- {{path: {plays}, name: plays}}\n"
+        "- {path: poems.parquet, template: '{title}\\n{lines}', name: columns}\nduplicates: drop\n"
+    )
+    files = one_set_whatever_happens(tmp_path / "mixed.yaml", kills=20)
+    assert len([name for name in files if name.startswith("train")]) > 4

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from gpt import config
+from gpt import config, look
 from gpt.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,11 @@ def test_a_command_names_what_exists_and_parses(
     words: list[str], verbs: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, *arguments = words
+    if script == "-m":
+        module, *arguments = arguments
+        assert module == "gpt.look"
+        look.arguments(arguments)
+        return
     assert script in verbs, "commands are those of the three verbs"
     parser(verbs[script])(arguments)  # SystemExit for a flag it does not know
     for word in arguments:
@@ -94,6 +99,9 @@ def test_flags_and_settings_files_named_in_the_text_exist(
     for verb in verbs.values():
         with pytest.raises(SystemExit):
             parser(verb)(["--help"])
+    for shown in ("data", "tokenizer"):
+        with pytest.raises(SystemExit):
+            look.arguments([shown, "--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     quoted = re.findall(r"`([^`\n]+)`", PROSE)
     assert {flag for code in quoted for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", code)} - known == set()

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from gpt import corpus, scan, signals, tokenizer, workers
-from gpt.scan import Input, Split
+from gpt.scan import Split
+from gpt.table import Input
 from gpt.tokenizer import Tokenizer
-from gpt.workers import Job
+from gpt.workers import Job, Made
 
 TEXTS = [f"document {i} of many, {'word ' * (i % 7)}" for i in range(80)]
 
@@ -23,16 +24,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     files = corpus.files(corpus.Source(path=str(tmp_path / "a.jsonl")), tmp_path, tmp_path, print)
     inputs, work = tuple(Input(file, 0, None) for file in files), tmp_path / "work"
     (work / "set").mkdir(parents=True)
-    found = scan.scan(
-        inputs,
-        work,
-        sample_bytes=10_000,
-        seed=1,
-        skip_bad=False,
-        drop_duplicates=False,
-        check=None,
-        advance=lambda n: None,
-    )
+    scan.scan(inputs, work, skip_bad=False, check=None, advance=lambda n: None)
+    found = scan.survey(work, drop=False)
     for name, data in tokenizer.train(TEXTS, "bpe", 280).files().items():
         (work / "set" / name).write_bytes(data)
     return Job(work, inputs, Split("hash", 0.1, 1 << 61), False, tuple(found.chunks))
@@ -58,8 +51,12 @@ def test_processes_in_any_order_write_the_bytes_of_one(job: Job) -> None:
         (job.work / name if name.startswith("chunk") else job.finished / name).unlink()
     assert encode(job, list(reversed(range(n))), n_workers=2) == sum(len(text) for text in TEXTS)
     assert made(job) == alone
-    entries = [entry for i in range(n) for entry in json.loads(job.record(i).read_bytes()).values()]
-    assert sum(entry["n_documents"] for entry in entries) == len(TEXTS)
+    records = [Made.load(job.record(i)) for i in range(n)]
+    entries = [entry for made in records for entry in made.entries.values()]
+    assert sum(made.n_documents for made in records) == sum(entry.n_documents for entry in entries) == len(TEXTS)
+    n_ids = sum(len(Tokenizer.load(job.finished).encode(text)) for text in TEXTS)
+    assert sum(made.n_ids for made in records) == sum(entry.n_tokens for entry in entries) - len(TEXTS) == n_ids
+    assert len({made.how for made in records}) == 1
 
 
 def test_what_stands_is_not_made_again(job: Job) -> None:

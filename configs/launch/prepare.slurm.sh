@@ -5,7 +5,11 @@
 #   sbatch --array=1-16 configs/launch/prepare.slurm.sh data/fineweb-edu.yaml
 #   python data/prepare.py data/fineweb-edu.yaml --merge        # when all are done; or as a job, see below
 #
-# A part that is killed or preempted continues where it stopped; run it again. As a job after all the others:
+# A part that is killed or preempted continues where it stopped. One that failed is run again by its number:
+#
+#   PARTS=16 sbatch --array=3 configs/launch/prepare.slurm.sh data/fineweb-edu.yaml
+#
+# The merge as a job after all the others:
 #
 #   sbatch --dependency=afterok:JOB --wrap "python data/prepare.py data/fineweb-edu.yaml --merge"
 #
@@ -16,5 +20,5 @@
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@60
 set -euo pipefail
-exec python data/prepare.py "$@" --part "${SLURM_ARRAY_TASK_ID:?submit it with --array=1-N}/${SLURM_ARRAY_TASK_COUNT:?}" \
-    --workers "${SLURM_CPUS_PER_TASK:-1}"
+part=${SLURM_ARRAY_TASK_ID:?submit it with --array=1-N}
+exec python data/prepare.py "$@" --part "$part/${PARTS:-$SLURM_ARRAY_TASK_COUNT}" --workers "${SLURM_CPUS_PER_TASK:-1}"

@@ -1,0 +1,97 @@
+"""The text of a record: of a field, of several by a template, or of a list of token ids. Records are plain JSON values."""
+
+import json
+import re
+import string
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gpt.formats import BadRecord, no_field
+
+DEFAULT_FIELD = "text"
+
+
+def picker(field: str | None, template: str | None, ids: str | None) -> Callable[[Any], str]:
+    """What makes a text of an object with fields; at most one way is named. It raises BadRecord."""
+    if template is not None:
+        parts = template_keys(template)
+        return lambda record: "".join(
+            literal + ("" if key is None else _as_text(_value(record, key), key, numbers=True))
+            for literal, key in parts
+        )
+    if ids is not None:
+        return lambda record: _as_ids(_value(record, ids), ids)
+    name = field or DEFAULT_FIELD
+
+    def pick(record: Any) -> str:
+        if type(record) is dict:  # the usual case, quickly
+            text = record.get(name)
+            if type(text) is str:
+                return text
+        return _as_text(_value(record, name), name, numbers=False)
+
+    return pick
+
+
+def _value(record: Any, field: str) -> Any:
+    """The value of a field: of that name, or by the dots in it."""
+    if not isinstance(record, Mapping):
+        raise BadRecord(f"expected a JSON object with a field '{field}', got {_type(record)}")
+    if field in record:
+        return record[field]
+    value: Any = record
+    for name in field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise no_field(field, record)
+        value = value[name]
+    return value
+
+
+def _as_text(value: Any, field: str, *, numbers: bool) -> str:
+    """A text; a list of texts joined by line feeds; nothing is the empty text."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "\n".join(_as_text(each, field, numbers=numbers) for each in value)
+    if numbers and isinstance(value, (int, float)):
+        return json.dumps(value)
+    raise BadRecord(f"field '{field}' is {_type(value)}, expected text or a list of texts")
+
+
+def _as_ids(value: Any, field: str) -> str:
+    if not isinstance(value, list) or not all(type(each) is int and each >= 0 for each in value):
+        wrong = next((e for e in value if type(e) is not int or e < 0), None) if isinstance(value, list) else value
+        raise BadRecord(f"field '{field}' holds {_shown(wrong)}, expected a list of ids, which are integers from 0 on")
+    return " ".join(map(str, value))
+
+
+def _type(value: object) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def template_keys(template: str) -> list[tuple[str, str | None]]:
+    """(literal text, field behind it) of each part of a template; ValueError for more than plain fields in braces."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; write {{{{ and }}}} for braces") from None
+    for _, key, spec, conversion in parts:
+        if key is not None and (spec or conversion or not re.fullmatch(r"[^\s\[\]!:{}]+", key)):
+            raise ValueError(f"template {template!r}: expected the name of a field in braces, as in {{title}}")
+    if all(key is None for _, key, _, _ in parts):
+        raise ValueError(f"template {template!r} names no field, as {{title}} does: every document would be the same")
+    return [(literal, key) for literal, key, _, _ in parts]
+
+
+def columns(field: str | None, template: str | None, ids: str | None) -> frozenset[str]:
+    """The fields that a text is made of."""
+    if template is not None:
+        return frozenset(key for _, key in template_keys(template) if key is not None)
+    return frozenset({ids or field or DEFAULT_FIELD})

@@ -1,0 +1,216 @@
+"""The documents of a corpus as rows of fixed width on disk: where each stands, how long it is, the hash of its text.
+
+Text that is not cheap to find again (compressed, columns, a stream) is copied beside the table into a spool. A row finds
+its text again in either place, and knows whether it is still the same.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from gpt import corpus, durable
+from gpt.corpus import BadRecord, File
+
+ROWS = 1 << 14  # written, and read, at a time
+GROUP_ROWS = 1 << 22  # whose hashes are sorted at a time to find duplicates
+SPOOL_BYTES = 1 << 20  # read at a time, but at least one document
+
+ROW = np.dtype(
+    [
+        ("value", "<u8"),  # the first 64 bits of the sha256 of the text: its place in the hash split
+        ("rest", "<u8"),  # the next 64
+        ("start", "<u8"),  # in the file, or where the spool holds it
+        ("end", "<u8"),
+        ("n_bytes", "<u8"),  # raw UTF-8
+        ("n_chars", "<u8"),
+        ("file", "<u4"),
+        ("source", "<u2"),
+        ("given", "u1"),  # the split that it was given for, as in GIVEN
+        ("dropped", "u1"),  # a duplicate that is left out
+    ]
+)
+_ROW = struct.Struct("<QQQQQQIHBB")
+_DIGEST = struct.Struct(">QQ16x")
+GIVEN = (None, "train", "val")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file of the corpus, the number of its source, and the split that its whole text belongs to, if one is given."""
+
+    file: File
+    source: int
+    given: str | None
+
+
+class Changed(ValueError):
+    """Text is not what it was when the corpus was scanned."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(f"{label}: the text changed while it was prepared; run the same command again")
+        self.label = label
+
+    def __reduce__(self) -> tuple[type["Changed"], tuple[str]]:
+        return Changed, (self.label,)
+
+
+class _Appended:
+    """A file that grows by pieces, on the disk once it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        if path.exists():
+            durable.fs.unlink(path)
+        self._fd, self._buffer, self.size = durable.fs.open(path), bytearray(), 0
+
+    def write(self, data: bytes) -> None:
+        self._buffer += data
+        self.size += len(data)
+        if len(self._buffer) >= durable.BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        view, self._buffer = memoryview(self._buffer), bytearray()
+        while view:
+            view = view[durable.fs.write(self._fd, view[: durable.BLOCK]) :]
+
+    def close(self, *, whole: bool) -> None:
+        try:
+            if whole:
+                self._flush()
+                durable.fs.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+
+class Writer:
+    """Writes a new table, and the spool, into the directory `work`. They are whole when the `with` block ends well."""
+
+    def __init__(self, work: Path) -> None:
+        for old in (work / "duplicates",):
+            if old.exists():
+                durable.fs.unlink(old)
+        self._table, self._spool = _Appended(work / "documents"), _Appended(work / "spool")
+        self.n_rows = 0
+
+    def add(self, document: corpus.Document, number: int, item: Input) -> None:
+        """Append the document of file `number`."""
+        start, end = document.start, document.end
+        if not item.file.direct:
+            start = self._spool.size
+            self._spool.write(document.text.encode())
+            end = self._spool.size
+        value, rest = _DIGEST.unpack(document.digest)
+        lengths = (document.n_bytes, len(document.text))
+        self._table.write(_ROW.pack(value, rest, start, end, *lengths, number, item.source, GIVEN.index(item.given), 0))
+        self.n_rows += 1
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._spool.close(whole=kind is None)
+        finally:
+            self._table.close(whole=kind is None)
+
+
+class Table:
+    """The rows of a working directory, in blocks: memory does not depend on their number."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self._rows, self._marks = work / "documents", work / "duplicates"
+        self.n_rows = self._rows.stat().st_size // ROW.itemsize
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """Rows first .. last - 1: (last - first,) of ROW."""
+        rows = np.frombuffer(self._bytes(self._rows, first, last, ROW.itemsize), ROW)
+        if self._marks.exists():
+            rows["dropped"] = np.frombuffer(self._bytes(self._marks, first, last, 1), np.uint8)
+        return rows
+
+    def _bytes(self, path: Path, first: int, last: int, width: int) -> bytearray:
+        data = bytearray((last - first) * width)
+        with path.open("rb") as file:
+            file.seek(first * width)
+            if file.readinto(data) != len(data):
+                raise durable.CorruptError(
+                    f"{path}: it ends before document {last}; delete {self.work} and prepare again"
+                )
+        return data
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first row, rows) of each block, in order."""
+        for first in range(0, self.n_rows, ROWS):
+            yield first, self.read(first, min(first + ROWS, self.n_rows))
+
+    def drop(self, repeated: np.ndarray) -> None:
+        """Mark rows (n_rows,) bool as left out, durably."""
+        durable.write_file(self._marks, [repeated.astype(np.uint8).tobytes()])
+
+    def repeated(self) -> np.ndarray:
+        """(n_rows,) bool: which rows have the text of an earlier one. Sorts GROUP_ROWS hashes at a time."""
+        marks = np.zeros(self.n_rows, dtype=bool)
+        n_groups = -(-self.n_rows // GROUP_ROWS)
+        for group in range(n_groups):
+            found = []
+            for first, rows in self.blocks():
+                near = np.flatnonzero((rows["value"] >> np.uint64(32)) * np.uint64(n_groups) >> np.uint64(32) == group)
+                found.append((first + near, rows["value"][near], rows["rest"][near]))
+            at, value, rest = (np.concatenate(column) for column in zip(*found, strict=True))
+            order = np.lexsort((rest, value))  # stable: of equal texts the first in the table stays first
+            same = (value[order[1:]] == value[order[:-1]]) & (rest[order[1:]] == rest[order[:-1]])
+            marks[at[order[1:][same]]] = True
+        return marks
+
+
+def texts(inputs: Sequence[Input], work: Path, rows: np.ndarray, *, skip_bad: bool) -> Iterator[str]:
+    """The text of each of `rows`, which follow one another in the table. Raises Changed if it is not what was scanned."""
+    borders = np.flatnonzero(np.diff(rows["file"])) + 1
+    for run in np.split(rows, borders) if len(rows) else ():
+        file = inputs[int(run[0]["file"])].file
+        yield from _direct(file, run, skip_bad) if file.direct else _spooled(file, work / "spool", run)
+
+
+def _direct(file: File, rows: np.ndarray, skip_bad: bool) -> Iterator[str]:
+    skip = (lambda error: None) if skip_bad else None
+    found = corpus.documents(file, int(rows[0]["start"]), int(rows[-1]["end"]), skip)
+    try:
+        for value, rest in zip(rows["value"].tolist(), rows["rest"].tolist(), strict=True):
+            document = next(found, None)
+            if document is None or _DIGEST.unpack(document.digest) != (value, rest):
+                raise Changed(file.label)
+            yield document.text
+        if next(found, None) is not None:
+            raise Changed(file.label)
+    except BadRecord:  # it was a good one
+        raise Changed(file.label) from None
+
+
+def _spooled(file: File, spool: Path, rows: np.ndarray) -> Iterator[str]:
+    bounds = [*rows["start"].tolist(), int(rows[-1]["end"])]  # the texts of a file stand end to end
+    digests = zip(rows["value"].tolist(), rows["rest"].tolist(), strict=True)
+    with spool.open("rb") as stream:
+        stream.seek(bounds[0])
+        first = 0
+        while first < len(rows):
+            last = int(np.searchsorted(rows["end"], np.uint64(bounds[first] + SPOOL_BYTES), side="right"))
+            last = max(last, first + 1)
+            data = memoryview(stream.read(bounds[last] - bounds[first]))
+            for (start, end), digest in zip(
+                pairwise(bounds[first : last + 1]), islice(digests, last - first), strict=True
+            ):
+                part = data[start - bounds[first] : end - bounds[first]]
+                if _DIGEST.unpack(hashlib.sha256(part).digest()) != digest:
+                    raise durable.CorruptError(
+                        f"{spool}: it does not hold the text of {file.label} that was scanned; delete {spool.parent} and"
+                        " prepare again"
+                    )
+                yield str(part, "utf-8")
+            first = last

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gpt.durable import CorruptError
 from gpt.shards import TokenSet
 from gpt.tokenizer import Tokenizer
 
@@ -85,17 +86,18 @@ def census(out: Path, *, notes: Sequence[str] = (), skipped: Sequence[str] = (),
 
 
 def _by_source(sets: Sequence[TokenSet]) -> list[tuple[str, int, int, int]]:
-    """(name, documents, bytes, tokens) of each source."""
-    rows = []
+    """(name, documents, bytes, tokens) of each source. Holds the index of one shard at a time."""
     names = sets[0].sources
     totals = np.zeros((len(names), 3), dtype=np.int64)
     for tokens in sets:
-        lengths = np.diff(np.append(tokens.document_starts, tokens.n_tokens))
-        for column, weights in enumerate((np.ones_like(lengths), tokens.document_bytes, lengths)):
-            totals[:, column] += np.bincount(tokens.document_sources, weights, len(names)).astype(np.int64)
-    for name, (documents, n_bytes, n_tokens) in zip(names, totals.tolist(), strict=True):
-        rows.append((name, documents, n_bytes, n_tokens))
-    return rows
+        for shard, entry in zip(tokens.shards, tokens.entries, strict=True):
+            index = shard.documents()
+            if np.any(index["source"] >= len(names)) or index["n_bytes"].sum() != entry.n_bytes:
+                raise CorruptError(f"{shard.path}: its document index and the manifest disagree; prepare again")
+            lengths = np.diff(np.append(index["start"].astype(np.int64), entry.n_tokens))
+            for column, weights in enumerate((np.ones_like(lengths), index["n_bytes"], lengths)):
+                totals[:, column] += np.bincount(index["source"], weights, len(names)).astype(np.int64)
+    return [(name, *counts) for name, counts in zip(names, totals.tolist(), strict=True)]
 
 
 def script_of(data: bytes) -> str:

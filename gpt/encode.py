@@ -68,18 +68,18 @@ _LINE_BEFORE_STRANGE_BLANK = re.compile(rb"\n(?=(?:" + _BLANK + rb"|" + _STRANGE
 class _Rules:
     r"""Where the text of a pre-tokenizer may be cut: between which kinds of bytes, and around which Han and kana.
 
-    What holds for every family (DeepSeek-V3's, cl100k's and Qwen's, o200k's, GPT-2's):
+    In every family (DeepSeek-V3's, cl100k's and Qwen's, o200k's, GPT-2's):
 
-    - After a letter, before ASCII that is none: every match ends with its letters. (But o200k's contractions: `apostrophe`.)
-    - After a digit, before ASCII that is none, and before a digit, after a mark: digits are matched alone, or with a space.
-    - Before a space or tab, after what is no white space: only `\s...` has white space elsewhere than in front.
+    - After a letter, before ASCII that is none: each match ends with its letters. (Not o200k's before an apostrophe.)
+    - After a digit, before ASCII that is none; before a digit, after a mark: digits are matched alone or after a space.
+    - Before a space or tab, after what is no white space: matches have white space in front or among itself.
     - Before the last of spaces and tabs, if a letter or mark follows: `\s+(?!\S)` leaves it to them.
-    - After a line feed, if no white space follows, or only spaces and tabs before what is none (`lines`): `\s*[\r\n]+` and
-      `[\r\n]*` end there. (o200k's `[\r\n/]*`: unless a mark follows.) GPT-2 has neither: before a line end, and after
-      a line feed between two that are no white space.
+    - After a line feed, if no white space follows, or spaces and tabs and then none: `\s*[\r\n]+` and `[\r\n]*` end
+      there. (o200k's `[\r\n/]*` does not before a mark.) GPT-2 has neither, but cuts before a line end that follows
+      what is no white space, and after a line feed between two such.
     - Between two letters of Han or kana that no entry of a byte-level vocabulary holds together ("letters"): byte pair
-      encoding joins nothing there, and either part is matched as letters again. Around all of them in DeepSeek-V3's,
-      where their runs stand apart ("runs"); around each one in a vocabulary of words ("each").
+      encoding joins nothing there, and either part is matched as letters again. Around all their runs in DeepSeek-V3's,
+      where those stand apart ("runs"). In a vocabulary of words, around each one ("each").
     """
 
     def __init__(

@@ -52,8 +52,9 @@ def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: 
         if plan is None:
             say(console, f"{out} is up to date: the same text and settings")
             return census(out)
-        _encode(plan, range(len(plan.job.chunks)), settings.workers, console)
-        return _publish(plan, out, console)
+        tokenizer = Tokenizer.load(plan.job.finished)
+        _encode(plan, range(len(plan.job.chunks)), tokenizer, settings.workers, console)
+        return _publish(plan, out, tokenizer, console)
 
 
 def scan_only(settings: PrepareConfig, out: Path, *, console: Console, overwrite: bool = False) -> int:
@@ -79,8 +80,9 @@ def make_part(settings: PrepareConfig, out: Path, part: int, n_parts: int, *, co
         durable.Lock(work / f"part-{part}-of-{n_parts}.lock", f"part {part} of {n_parts} of {out}"),
     ):
         plan = Plan.load(work, out)
-        plan.check(settings, out)
-        _encode(plan, range(part - 1, len(plan.job.chunks), n_parts), settings.workers, console)
+        plan.check(settings, VERSION, out)
+        numbers = range(part - 1, len(plan.job.chunks), n_parts)
+        _encode(plan, numbers, Tokenizer.load(plan.job.finished), settings.workers, console)
     say(console, f"part {part} of {n_parts} is done; when all are: --merge")
 
 
@@ -89,8 +91,8 @@ def merge(settings: PrepareConfig, out: Path, *, console: Console) -> Report:
     Plan.load(workplace.name_of(out), out)
     with workplace.held(out) as work:
         plan = Plan.load(work, out)
-        plan.check(settings, out)
-        return _publish(plan, out, console)
+        plan.check(settings, VERSION, out)
+        return _publish(plan, out, Tokenizer.load(plan.job.finished), console)
 
 
 # The plan: what the pass over the corpus settles
@@ -346,8 +348,7 @@ def _bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
 # Shards
 
 
-def _encode(plan: Plan, numbers: Sequence[int], n_workers: int | None, console: Console) -> None:
-    tokenizer = Tokenizer.load(plan.job.finished)
+def _encode(plan: Plan, numbers: Sequence[int], tokenizer: Tokenizer, n_workers: int | None, console: Console) -> None:
     with Meter(console, "encoding", sum(plan.job.chunks[number].n_bytes for number in numbers)) as meter:
         try:
             workers.encode(plan.job, numbers, tokenizer, n_workers or _n_cores(), meter)
@@ -356,7 +357,7 @@ def _encode(plan: Plan, numbers: Sequence[int], n_workers: int | None, console: 
             raise
 
 
-def _publish(plan: Plan, out: Path, console: Console) -> Report:
+def _publish(plan: Plan, out: Path, tokenizer: Tokenizer, console: Console) -> Report:
     """Write the manifest over the shards of all chunks, and give the data set its name; ValueError if some are missing."""
     job = plan.job
     if missing := job.left(range(len(job.chunks))):
@@ -374,7 +375,6 @@ def _publish(plan: Plan, out: Path, console: Console) -> Report:
         if not entries:
             raise ValueError(f"split {split} has no document; change val_fraction or split, or add text")
     totals = _check_totals(plan, made)
-    tokenizer = Tokenizer.load(job.finished)
     durable.sweep(job.finished)  # what parts that were killed left
     write_manifest(
         workers.Folder(job.finished),

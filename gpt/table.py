@@ -66,7 +66,7 @@ class _Appended:
     def __init__(self, path: Path) -> None:
         if path.exists():
             durable.fs.unlink(path)
-        self._fd, self._buffer, self.size = durable.fs.open(path), bytearray(), 0
+        self._path, self._fd, self._buffer, self.size = path, durable.fs.open(path), bytearray(), 0
 
     def write(self, data: bytes) -> None:
         self._buffer += data
@@ -76,8 +76,11 @@ class _Appended:
 
     def _flush(self) -> None:
         view, self._buffer = memoryview(self._buffer), bytearray()
-        while view:
-            view = view[durable.fs.write(self._fd, view[: durable.BLOCK]) :]
+        try:
+            while view:
+                view = view[durable.fs.write(self._fd, view[: durable.BLOCK]) :]
+        except OSError as error:  # a full disk: say which
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def close(self, *, whole: bool) -> None:
         try:
@@ -92,9 +95,8 @@ class Writer:
     """Writes a new table, and the spool, into the directory `work`. They are whole when the `with` block ends well."""
 
     def __init__(self, work: Path) -> None:
-        for old in (work / "duplicates",):
-            if old.exists():
-                durable.fs.unlink(old)
+        if (work / "duplicates").exists():
+            durable.fs.unlink(work / "duplicates")
         self._table, self._spool = _Appended(work / "documents"), _Appended(work / "spool")
         self.n_rows = 0
 

@@ -30,6 +30,7 @@ from gpt.table import Input
 from gpt.tokenizer import Tokenizer
 
 BATCH_BYTES = 4 << 20  # text that is encoded at a time
+BATCH_DOCUMENTS = 1 << 15  # of it at most
 
 
 class Meter:
@@ -167,13 +168,13 @@ def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, 
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Lists of at least BATCH_BYTES of text each, except the last."""
+    """Lists of at least BATCH_BYTES of text, or of BATCH_DOCUMENTS, each, except the last."""
     batch: list[Part] = []
     n_bytes = 0
     for part in parts:
         batch.append(part)
         n_bytes += part.n_bytes
-        if n_bytes >= BATCH_BYTES:
+        if n_bytes >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, n_bytes = [], 0
     if batch:

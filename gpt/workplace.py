@@ -91,10 +91,12 @@ class Plan:
         chunks = tuple(Chunk(**each) for each in job["chunks"])
         return cls(**values | {"job": Job(work, inputs, Split(**job["split"]), job["skip_bad"], chunks)})
 
-    def check(self, settings: Settings, out: Path) -> None:
-        """ValueError unless the plan is that of these settings."""
-        if self.settings != given(settings):
-            raise ValueError(f"{out} was scanned with other settings; run this command with --scan first")
+    def check(self, settings: Settings, version: int, out: Path) -> None:
+        """ValueError unless the plan is that of these settings and of this version of what they mean."""
+        if self.settings != given(settings) or self.identity["version"] != version:
+            raise ValueError(
+                f"{out} was scanned with other settings or another version; run this command with --scan first"
+            )
 
 
 def _plain(value: object) -> object:

@@ -9,9 +9,11 @@ import io
 import json
 import lzma
 import os
+import random
 import sysconfig
 import tarfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -556,3 +558,75 @@ def test_what_begins_a_document_must_be_there_and_make_sense(tmp_path: Path, mon
     assert "part it with a separator" in refused(tmp_path, path=f"{tmp_path}/a.txt", begins="#")
     with pytest.raises(ValueError, match="no regular expression"):
         Source(path="a", begins="(")
+
+
+# Mutants
+
+
+def reference(data: bytes) -> list[str] | None:
+    """The texts of JSON lines, read the obvious way; None if something in them is no text of a field."""
+    texts = []
+    for i, line in enumerate(data.split(b"\n")):
+        try:
+            line_text = line.decode("utf-8-sig" if i == 0 else "utf-8")
+            if not line_text.strip():
+                continue
+            record = json.loads(line_text)
+            text = record["text"] if isinstance(record, dict) else None
+            if isinstance(text, list) and all(isinstance(part, str) for part in text):
+                text = "\n".join(text)
+            if text is not None and not isinstance(text, str):
+                return None
+            if not isinstance(record, dict):
+                return None
+            (text or "").encode()
+        except (ValueError, KeyError, RecursionError):
+            return None
+        texts += [text] if text else []
+    return texts
+
+
+@pytest.mark.parametrize("n", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_mutant_of_json_lines_is_read_right_or_refused_by_name(tmp_path: Path, n: int) -> None:
+    draw = random.Random(n)
+    lines = [
+        json.dumps({"id": i, "text": "床前 light\ud83c\udf19 " * (i % 4) + str(i)}, ensure_ascii=i % 2 == 0)
+        for i in range(12)
+    ]
+    whole = (
+        ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass").replace(b"\xed\xa0\xbc\xed\xbc\x99", "🌙".encode())
+    )
+    path, refused = tmp_path / "mutant.jsonl", 0
+    for _ in range(n):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            at, kind = draw.randrange(len(data)), draw.randrange(4)
+            if kind == 0:
+                data[at] ^= 1 << draw.randrange(8)
+            elif kind == 1:
+                del data[at : at + draw.randrange(1, 40)]
+            elif kind == 2:
+                data[at:at] = draw.choice(
+                    [b"\n", b'"', b"\\", b"\xff", b"{}", b"[", b"\\ud800", b"\x00", b"null", bytes(draw.randbytes(5))]
+                )
+            else:
+                del data[max(1, at) :]
+            data = data or bytearray(b" ")
+        path.write_bytes(data)
+        began = time.monotonic()
+        expected = reference(bytes(data))
+        try:
+            got = [document.text for document in documents_of(path)]
+        except ValueError as error:
+            assert "mutant.jsonl" in str(error)
+            assert expected is None or b"\x00" in data or not data.strip() or not expected, (bytes(data), error)
+            refused += 1
+        else:
+            assert got == expected, bytes(data)
+        assert time.monotonic() - began < 2
+    assert 0 < refused < n
+
+
+def documents_of(path: Path) -> list[corpus.Document]:
+    (file,) = corpus.files(corpus.Source(path=str(path)), path.parent, path.parent, print)
+    return list(corpus.documents(file))

@@ -843,7 +843,7 @@ def test_real_corpora_have_one_manifest_whatever_happens_to_them(tmp_path: Path)
     (tmp_path / "mixed.yaml").write_text(
         f"input:\n- {{path: {poems}, name: poems}}\n- {{python: stdlib, exclude: [site-packages]}}\n"
         f"- {{path: {plays}, name: plays}}\n"
-        "- {path: poems.parquet, template: '{title}\\n{lines}', name: columns}\nduplicates: drop\n"
+        "- {path: poems.parquet, template: '{title}\\n{lines}', name: columns}\nduplicates: drop\non_bad_record: skip\n"
     )
     files = one_set_whatever_happens(tmp_path / "mixed.yaml", kills=20)
     assert len([name for name in files if name.startswith("train")]) > 4

@@ -97,7 +97,8 @@ def _by_source(sets: Sequence[TokenSet]) -> list[tuple[str, int, int, int]]:
             lengths = np.diff(np.append(index["start"].astype(np.int64), entry.n_tokens))
             for column, weights in enumerate((np.ones_like(lengths), index["n_bytes"], lengths)):
                 totals[:, column] += np.bincount(index["source"], weights, len(names)).astype(np.int64)
-    return [(name, *counts) for name, counts in zip(names, totals.tolist(), strict=True)]
+    documents, n_bytes, n_tokens = totals.T.tolist()
+    return list(zip(names, documents, n_bytes, n_tokens, strict=True))
 
 
 def script_of(data: bytes) -> str:

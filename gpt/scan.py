@@ -16,7 +16,7 @@ from numpy.lib.recfunctions import repack_fields
 
 from gpt import corpus, signals
 from gpt.corpus import BadRecord
-from gpt.table import GIVEN, Input, Table, Writer, texts
+from gpt.table import GIVEN, Input, Table, Writer, texts, values
 
 CHUNK_BYTES = 64 << 20  # of a chunk's text, of large corpora; those of smaller ones are a CHUNKS-th of it
 LEAST_BYTES = 8 << 20  # but at least this
@@ -205,9 +205,12 @@ def choose_split(found: Survey, *, asked: str, fraction: float, most_bytes: floa
 def parts(inputs: Sequence[Input], work: Path, chunk: Chunk, split: Split, *, skip_bad: bool) -> Iterator[Part]:
     """The text of a chunk, read again; table.Changed if it is not what was scanned."""
     rows = Table(work).read(chunk.first, chunk.last)
-    columns = (rows[name].tolist() for name in ("dropped", "given", "n_bytes", "value", "source"))
-    found = texts(inputs, work, rows, skip_bad=skip_bad)
-    for text, dropped, given, n_bytes, value, source in zip(found, *columns, strict=True):
+    found = zip(
+        texts(inputs, work, rows, skip_bad=skip_bad),
+        values(rows, "dropped", "given", "n_bytes", "value", "source"),
+        strict=True,
+    )
+    for text, (dropped, given, n_bytes, value, source) in found:
         if not dropped:
             yield from split.parts(GIVEN[given], text, n_bytes, value, source)
 

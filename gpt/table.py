@@ -9,7 +9,6 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +171,12 @@ class Table:
         return marks
 
 
+def values(rows: np.ndarray, *names: str) -> Iterator[tuple[int, ...]]:
+    """The columns `names` of each row as integers, of which few exist at a time."""
+    for first in range(0, len(rows), ROWS):
+        yield from zip(*(rows[name][first : first + ROWS].tolist() for name in names), strict=True)
+
+
 def texts(inputs: Sequence[Input], work: Path, rows: np.ndarray, *, skip_bad: bool) -> Iterator[str]:
     """The text of each of `rows`, which follow one another in the table. Raises Changed if it is not what was scanned."""
     borders = np.flatnonzero(np.diff(rows["file"])) + 1
@@ -184,9 +189,9 @@ def _direct(file: File, rows: np.ndarray, skip_bad: bool) -> Iterator[str]:
     skip = (lambda error: None) if skip_bad else None
     found = corpus.documents(file, int(rows[0]["start"]), int(rows[-1]["end"]), skip)
     try:
-        for value, rest in zip(rows["value"].tolist(), rows["rest"].tolist(), strict=True):
+        for digest in values(rows, "value", "rest"):
             document = next(found, None)
-            if document is None or _DIGEST.unpack(document.digest) != (value, rest):
+            if document is None or _DIGEST.unpack(document.digest) != digest:
                 raise Changed(file.label)
             yield document.text
         if next(found, None) is not None:
@@ -196,23 +201,20 @@ def _direct(file: File, rows: np.ndarray, skip_bad: bool) -> Iterator[str]:
 
 
 def _spooled(file: File, spool: Path, rows: np.ndarray) -> Iterator[str]:
-    bounds = [*rows["start"].tolist(), int(rows[-1]["end"])]  # the texts of a file stand end to end
-    digests = zip(rows["value"].tolist(), rows["rest"].tolist(), strict=True)
+    first = 0
     with spool.open("rb") as stream:
-        stream.seek(bounds[0])
-        first = 0
+        stream.seek(int(rows[0]["start"]))  # the texts of a file stand end to end
         while first < len(rows):
-            last = int(np.searchsorted(rows["end"], np.uint64(bounds[first] + SPOOL_BYTES), side="right"))
-            last = max(last, first + 1)
-            data = memoryview(stream.read(bounds[last] - bounds[first]))
-            for (start, end), digest in zip(
-                pairwise(bounds[first : last + 1]), islice(digests, last - first), strict=True
-            ):
-                part = data[start - bounds[first] : end - bounds[first]]
-                if _DIGEST.unpack(hashlib.sha256(part).digest()) != digest:
+            start = int(rows[first]["start"])
+            last = int(np.searchsorted(rows["end"], np.uint64(start + SPOOL_BYTES), side="right"))
+            run = rows[first : max(last, first + 1)]
+            data = memoryview(stream.read(int(run[-1]["end"]) - start))
+            for begin, end, *digest in values(run, "start", "end", "value", "rest"):
+                part = data[begin - start : end - start]
+                if _DIGEST.unpack(hashlib.sha256(part).digest()) != tuple(digest):
                     raise durable.CorruptError(
                         f"{spool}: it does not hold the text of {file.label} that was scanned; delete {spool.parent} and"
                         " prepare again"
                     )
                 yield str(part, "utf-8")
-            first = last
+            first += len(run)

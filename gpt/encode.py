@@ -480,10 +480,11 @@ class _Gigatoken:
         ids, bounds = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
         if len(bounds) != len(texts) + 1 or bounds[0] != 0 or bounds[-1] != len(ids):
             raise ValueError(f"it returned {len(bounds) - 1} texts for {len(texts)}")
-        until = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(self._lengths[ids], out=until[1:])
+        n_bytes, filled = np.zeros(len(texts), dtype=np.int64), np.flatnonzero(np.diff(bounds))
+        if len(filled):
+            n_bytes[filled] = np.add.reduceat(self._lengths[ids], bounds[filled], dtype=np.int64)
         ids = ids.astype(self._dtype)
-        return [ids[start:end] for start, end in pairwise(bounds.tolist())], np.diff(until[bounds])
+        return [ids[start:end] for start, end in pairwise(bounds.tolist())], n_bytes
 
     def _renew(self, n_characters: int) -> None:
         """Begin with an empty cache once it has grown large."""

@@ -275,7 +275,8 @@ def _value(window: _Window, scan: Any) -> Any:
     while True:
         try:
             value, after = scan(window.text, window.at)
-            if after < len(window.text) or window.ended:  # else it may be the beginning of a longer number
+            is_number = isinstance(value, int | float)  # it may go on behind what is read so far, as 1 does in 1e+5
+            if after + (2 if is_number else 0) < len(window.text) or window.ended:
                 window.at = after
                 return value
         except json.JSONDecodeError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import Unsynced
 from rich.console import Console
 
 from gpt import config, corpus, durable, prepare, scan, signals, workers
@@ -234,7 +235,7 @@ def test_processes_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     assert len(content(tmp_path / "set1")) > 8
 
 
-class Broken(durable.FileSystem):
+class Broken(Unsynced):
     """A disk whose k-th changing operation raises."""
 
     def __init__(self, k: int, error: BaseException) -> None:
@@ -259,17 +260,17 @@ def test_a_preparation_broken_at_any_write_ends_with_the_same_bytes(
     error = {"crash": Crash(), "full": OSError(28, "No space left on device"), "faulty": OSError(5, "I/O error")}[kind]
     broken, k = True, 0
     while broken:
-        k += 7  # every seventh of some hundred; each kind begins elsewhere
+        k += 11  # every eleventh of some hundred; each kind begins elsewhere
         out = tmp_path / f"{k}" / "set"
         out.parent.mkdir()
-        disk = Broken(k - {"crash": 0, "full": 2, "faulty": 4}[kind], error)
+        disk = Broken(k - {"crash": 0, "full": 4, "faulty": 8}[kind], error)
         monkeypatch.setattr(durable, "fs", disk)
         try:
             run(settings(text), out)
             broken = disk.left <= 0  # an error after the data set stood, while tidying
         except (Crash, OSError):
             assert not out.exists() or content(out) == golden
-        monkeypatch.setattr(durable, "fs", durable.FileSystem())
+        monkeypatch.setattr(durable, "fs", Unsynced())
         run(settings(text), out)
         assert content(out) == golden
         assert [path.name for path in out.parent.iterdir()] == ["set"]

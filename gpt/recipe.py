@@ -20,7 +20,9 @@ def _as_sources(value: object) -> object:
 
 
 def as_source(text: str) -> dict[str, str | None]:
-    """The input that a bare string means: a URL, perhaps with #sha256=..., or a path."""
+    """The input that a bare string means: a URL, perhaps with #sha256=..., hub:ORG/NAME, or a path."""
+    if text.startswith("hub:"):
+        return {"hub": text.removeprefix("hub:")}
     if text.startswith(("http://", "https://")):
         url, _, sha256 = text.partition("#sha256=")
         return {"url": url, "sha256": sha256 or None}

@@ -40,3 +40,9 @@ def test_settings_that_go_together_are_taken() -> None:
     assert load("input=a", "kind=ids", "vocab_size=50").vocab_size == 50  # a small vocabulary of ids is fine
     assert load("input=a", "tokenizer=b", "grow=5k").grow == 5000
     assert load("input=a", "tokenizer=b", "kind=ids").kind == "ids"
+
+
+def test_a_bare_string_is_a_hub_data_set_a_url_or_a_path() -> None:
+    assert as_source("hub:org/name@v1") == {"hub": "org/name@v1"}
+    assert as_source("http://x/y#sha256=ab") == {"url": "http://x/y", "sha256": "ab"}
+    assert as_source("hub/file.txt") == {"path": "hub/file.txt"}

@@ -31,7 +31,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.max_len = max_len
         self._rows = torch.arange(batch, device=device)[:, None]
-        self._longest = 0  # max(lengths), kept on the host so that decoding never waits for the device
+        self.longest = 0  # max(lengths), kept on the host so that decoding never waits for the device
         self._even = True  # all rows equally long: then one query per row needs no mask
 
     def positions(self, n_tokens: int) -> Tensor:
@@ -40,36 +40,41 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, G, T, D) at `positions` (B, T) and return views (B, G, S, D) of all that is in use."""
-        end = self._longest + k.shape[2]
+        end = self.longest + k.shape[2]
         if end > self.max_len:
             raise ValueError(f"KVCache: {end} positions do not fit max_len {self.max_len}")
         if self._even:
-            self.k_LBGSD[layer, :, :, self._longest : end] = k
-            self.v_LBGSD[layer, :, :, self._longest : end] = v
+            self.k_LBGSD[layer, :, :, self.longest : end] = k
+            self.v_LBGSD[layer, :, :, self.longest : end] = v
         else:
             self.k_LBGSD[layer][self._rows, :, positions] = k.transpose(1, 2).to(self.k_LBGSD.dtype)
             self.v_LBGSD[layer][self._rows, :, positions] = v.transpose(1, 2).to(self.v_LBGSD.dtype)
         return self.k_LBGSD[layer, :, :, :end], self.v_LBGSD[layer, :, :, :end]
 
-    def visible(self, positions: Tensor) -> Tensor | None:
-        """(B, 1, T, S) bool: the keys each query at `positions` (B, T) may see; None: all (even rows, T = 1)."""
+    def visible(self, positions: Tensor, window: int | None = None) -> Tensor | None:
+        """(B, 1, T, S) bool: the keys each query at `positions` (B, T) may see, of the last `window` if given.
+
+        None: all of them (even rows, T = 1).
+        """
         n_tokens = positions.shape[1]
-        if self._even and n_tokens == 1:
+        end = self.longest + n_tokens
+        reach = end if window is None else min(window, end)
+        if self._even and n_tokens == 1 and reach == end:
             return None
-        keys = torch.arange(self._longest + n_tokens, device=positions.device)
-        return (keys <= positions[..., None])[:, None]
+        distance = positions[..., None] - torch.arange(end, device=positions.device)
+        return ((distance >= 0) & (distance < reach))[:, None]
 
     @property
     def empty(self) -> bool:
-        return self._longest == 0
+        return self.longest == 0
 
     def advance(self, n_tokens: int) -> None:
         """Every row has grown by `n_tokens`."""
         self.lengths += n_tokens
-        self._longest += n_tokens
+        self.longest += n_tokens
 
     def rewind(self, lengths: Tensor) -> None:
         """Set each row's length ((B,) int64); positions past it are forgotten."""
         self.lengths.copy_(lengths)
-        self._longest = int(lengths.max())
-        self._even = bool((lengths == self._longest).all())
+        self.longest = int(lengths.max())
+        self._even = bool((lengths == self.longest).all())

@@ -117,12 +117,13 @@ def generate(
 
     A row ends with the first of `stop_ids`, which it includes. Ids from `n_tokens_valid` on (padding of the vocabulary)
     and `banned_ids` are never drawn. Row r draws from `seed + r`: alone with that seed it is what it is in a batch. The
-    model is in eval mode meanwhile and gets its mode back at the end.
+    model is in eval mode meanwhile and gets its mode back at the end. A prefix-LM reads each prompt both ways.
 
     A prompt must be shorter than the context (ValueError). When a row fills the context, the oldest half of its window
     is dropped, its first token kept, and the rest is read again.
     """
     rows = [list(prompt) for prompt in prompts]
+    n_prompt = [len(row) for row in rows]
     context = _check(model, rows, max_tokens)
     device = model.lm_head.weight.device
     vocabulary = torch.arange(model.lm_head.weight.shape[0], device=device)
@@ -134,7 +135,7 @@ def generate(
     cache = model.new_cache(len(rows), min(context, max(map(len, rows)) + max_tokens))
 
     with _eval_mode(model):
-        logits = _prefill(model, cache, rows)
+        logits = _prefill(model, cache, rows, n_prompt)
         for step in range(max_tokens):
             allowed = logits.masked_fill(banned, -math.inf)
             if sampling.repetition_penalty != 1:
@@ -151,7 +152,7 @@ def generate(
             if all(finished):
                 return
             if step + 1 < max_tokens:
-                logits = _extend(model, cache, rows, ids, chosen, context)
+                logits = _extend(model, cache, rows, n_prompt, ids, chosen, context)
 
 
 def _check(model: GPT, rows: Sequence[Sequence[int]], max_tokens: int) -> int:
@@ -177,29 +178,45 @@ def _uniforms(seed: int, n_rows: int, n_steps: int) -> Tensor:
     return torch.stack([torch.rand(n_steps, generator=generator) for generator in generators])
 
 
-def _prefill(model: GPT, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Read every row from its beginning into `cache`; logits (B, V) fp32 after each row's last token."""
+def _prefill(model: GPT, cache: KVCache, rows: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Tensor:
+    """Read every row from its beginning into `cache`; logits (B, V) fp32 after each row's last token.
+
+    In a prefix-LM the first `n_prompt` tokens of each row see each other.
+    """
     lengths = torch.tensor([len(row) for row in rows], device=cache.lengths.device)
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids)
     cache.rewind(torch.zeros_like(lengths))
-    features = model.features(tokens.to(lengths.device), cache=cache)  # (B, T, C)
+    prefix = None
+    if model.config.prefix_lm:
+        prefix = (torch.arange(tokens.shape[1]) < torch.tensor(n_prompt)[:, None]).to(lengths.device)
+    features = model.features(tokens.to(lengths.device), cache=cache, prefix=prefix)  # (B, T, C)
     cache.rewind(lengths)  # what the padding wrote is forgotten
     last = features[torch.arange(len(rows), device=lengths.device), lengths - 1]
-    return model.lm_head(last).float()
+    return model.logits(last).float()
 
 
-def _extend(model: GPT, cache: KVCache, rows: list[list[int]], ids: list[int], chosen: Tensor, context: int) -> Tensor:
+def _extend(
+    model: GPT,
+    cache: KVCache,
+    rows: list[list[int]],
+    n_prompt: list[int],
+    ids: list[int],
+    chosen: Tensor,
+    context: int,
+) -> Tensor:
     """Append `ids` to the rows, and read them; logits (B, V) fp32. A row that no longer fits loses its oldest half."""
     for row, token in zip(rows, ids, strict=True):
         row.append(token)
     if max(map(len, rows)) <= context:
         return model(chosen, cache=cache)[:, -1].float()
-    for row in rows:
+    for i, row in enumerate(rows):
         if len(row) > context:
-            del row[1 : len(row) - context // 2]
-    return _prefill(model, cache, rows)
+            dropped = slice(1, len(row) - context // 2)
+            n_prompt[i] = 1 + max(0, n_prompt[i] - dropped.stop)
+            del row[dropped]
+    return _prefill(model, cache, rows, n_prompt)
 
 
 @contextmanager

@@ -20,11 +20,20 @@ CHUNK_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 27}
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of nats over targets that are not IGNORED: features (N, C), head weight (V, C), targets (N,) -> fp32 scalar.
 
+    Logits are bent to `softcap` * tanh(logits / softcap) where that is given.
     `train` says whether gradients will be asked for: inside `forward` torch always reports that they are not.
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, train: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        dtype: torch.dtype,
+        train: bool,
+    ) -> Tensor:
         x, w = features.to(dtype), weight.to(dtype)
         need_grad = train and (features.requires_grad or weight.requires_grad)
         grad_x = torch.empty_like(x) if need_grad else None
@@ -35,11 +44,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part, target = x[start : start + rows], targets[start : start + rows]
             trained = target != IGNORED
             index = torch.where(trained, target, 0)[:, None]
-            log_p = (part @ w.T).float().log_softmax(dim=-1)
+            logits = (part @ w.T).float()
+            slope: Tensor | float = 1.0
+            if softcap is not None:
+                bent = torch.tanh(logits / softcap)
+                logits, slope = softcap * bent, 1 - bent.square()
+            log_p = logits.log_softmax(dim=-1)
             total -= torch.where(trained, log_p.gather(1, index)[:, 0], 0).sum()
             if grad_x is not None and grad_w is not None:
                 grad = log_p.exp().scatter_add(1, index, torch.full_like(log_p[:, :1], -1.0))
-                grad = (grad * trained[:, None]).to(dtype)
+                grad = (grad * slope * trained[:, None]).to(dtype)
                 grad_x[start : start + rows] = grad @ w
                 grad_w += grad.T @ part
         if grad_x is not None and grad_w is not None:
@@ -48,16 +62,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
-        return (grad_x * grad_total).to(x_dtype), (grad_w * grad_total).to(w_dtype), None, None, None
+        return (grad_x * grad_total).to(x_dtype), (grad_w * grad_total).to(w_dtype), None, None, None, None
 
 
 class NextToken(nn.Module):
     """tokens, targets (B, T) int64 -> the sum of nats over the targets that are not IGNORED.
 
-    `positions` and `doc_ids` (B, T) int64 say where documents packed into a row begin and end (`GPT.features`). A sum,
+    `positions` and `doc_ids` (B, T) int64 say where documents packed into a row begin and end, `prefix` (B, T) bool what
+    is seen both ways (`GPT.features`). A sum,
     so that the caller divides once by the number of targets of the whole batch: micro-batches cannot change the
     objective.
     """
@@ -67,12 +82,22 @@ class NextToken(nn.Module):
         self.model = model
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        features = self.model.features(tokens, positions, doc_ids).flatten(0, 1)
+        features = self.model.features(tokens, positions, doc_ids, prefix=prefix).flatten(0, 1)
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
         with torch.autocast(device, enabled=False):
             return ChunkedCrossEntropy.apply(
-                features, self.model.lm_head.weight, targets.flatten(), dtype, torch.is_grad_enabled()
+                features,
+                self.model.lm_head.weight,
+                targets.flatten(),
+                self.model.config.logit_softcap,
+                dtype,
+                torch.is_grad_enabled(),
             )

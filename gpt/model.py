@@ -1,6 +1,7 @@
-"""The causal decoder: RoPE, pre-norm residual blocks, attention with shared key/value heads, gated or plain MLPs.
+"""The causal decoder: positions, attention with shared key/value heads, gated or plain MLPs, residual blocks.
 
-It knows tensors and its own settings. Loss, optimizer, sampling, devices and files live elsewhere.
+It knows tensors and its own settings. Loss, optimizer, sampling, devices and files live elsewhere. A variant is a part
+chosen in `__init__`; no `forward` asks which.
 
 Dimensions:  B batch rows   T query positions   S key positions (cache included)   C model width (d_model)
              H query heads  G key/value heads   D head size   F MLP hidden width   V vocabulary   L layers
@@ -9,17 +10,17 @@ Inside attention tensors are (B, heads, positions, D). Parameters carry the name
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
+from gpt.attention import Flex, Mask, attend, masked, masked_blocks
 from gpt.cache import KVCache
 from gpt.config import Count, Settings
+from gpt.positions import Angles, At, Learned, Position, RelativeBias, RopeScaling, Rotary, Sinusoidal, keep, rotate
 
 
 class ModelConfig(Settings):
@@ -35,18 +36,42 @@ class ModelConfig(Settings):
     n_kv_head: int | None = Field(
         None, ge=1, description="key/value heads, a divisor of n_head; null: n_head, 1: multi-query"
     )
-    head_dim: int | None = Field(None, ge=2, description="size of a head, even; null: d_model / n_head")
+    head_dim: int | None = Field(None, ge=1, description="size of a head; null: d_model / n_head")
     d_ff: int | None = Field(
-        None, ge=1, description="hidden width of the MLP; null: 8/3 d_model (swiglu) or 4 d_model, up to 64"
+        None, ge=1, description="hidden width of the MLP; null: 8/3 d_model (gated) or 4 d_model, up to 64"
     )
-    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = Field("swiglu", description="kind of MLP")
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2"] = Field(
+        "swiglu", description="kind of MLP; the first two are gated"
+    )
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="kind of normalization")
+    norm_at: Literal["pre", "post", "output"] = Field(
+        "pre",
+        description="pre: of what a sub-layer reads; post: of the stream after it was added; output: of what is added",
+    )
+    norm_gain: bool = Field(True, description="norms have trained gains (and, layernorm, biases)")
     norm_eps: float = Field(1e-6, gt=0, description="added to the variance")
-    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary wavelengths")
-    qk_norm: bool = Field(True, description="normalize each head's query and key (Qwen3)")
-    attention_bias: bool = Field(False, description="biases in the attention's four projections")
+    embed_norm: bool = Field(False, description="normalize the embeddings")
+    position: Literal["rotary", "learned", "sinusoidal", "relative", "none"] = Field(
+        "rotary", description="how order is known; relative: T5's bias of the scores"
+    )
+    rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary and sinusoidal wavelengths")
+    rope_scaling: RopeScaling | None = Field(None, description="stretches rotary angles for a longer context")
+    rotary_dim: int | None = Field(None, ge=2, description="columns of a head that turn, even; null: all")
+    nope_layers: tuple[int, ...] = Field((), strict=False, description="layers, from 0, whose heads do not turn")
+    relative_buckets: int = Field(32, ge=2, description="relative: kinds of distances")
+    relative_max_distance: int = Field(128, ge=2, description="relative: from here on distances are one kind")
+    window: Count | None = Field(None, ge=1, description="sliding window: keys that a query sees, itself included")
+    full_layers: tuple[int, ...] = Field((), strict=False, description="layers, from 0, without the sliding window")
+    prefix_lm: bool = Field(False, description="tokens of a prompt see each other both ways")
+    qk_norm: bool | Literal["whole"] = Field(
+        True, description="normalize each head's query and key, or whole: all heads' together"
+    )
+    attention_bias: bool | Literal["qkv"] = Field(
+        False, description="biases in the attention's four projections, or in the three of queries, keys and values"
+    )
     mlp_bias: bool = Field(False, description="biases in the MLP's projections")
     tie_embeddings: bool = Field(True, description="the output head is the embedding matrix")
+    logit_softcap: float | None = Field(None, gt=0, description="logits are softcap * tanh(logits / softcap)")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout of the embeddings and of each branch before it is added"
     )
@@ -59,153 +84,73 @@ class ModelConfig(Settings):
     def _check(self) -> Self:
         if self.head_dim is None and self.d_model % self.n_head:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_head ({self.n_head}), or set head_dim")
-        if self.d_head % 2:
-            raise ValueError(f"head_dim ({self.d_head}) must be even: RoPE rotates pairs")
         if self.n_head % self.n_group:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_group})")
+        self._check_positions()
+        for name in ("nope_layers", "full_layers"):
+            if beyond := [layer for layer in getattr(self, name) if not 0 <= layer < self.n_layer]:
+                raise ValueError(f"{name} names layer {beyond[0]}; the layers are 0 to {self.n_layer - 1}")
+        if self.full_layers and self.window is None:
+            raise ValueError("full_layers are layers without the sliding window; set window, or leave them out")
         return self
+
+    def _check_positions(self) -> None:
+        if self.position == "rotary":
+            if self.d_rotary % 2:
+                name = "head_dim" if self.rotary_dim is None else "rotary_dim"
+                raise ValueError(f"{name} ({self.d_rotary}) must be even: RoPE rotates pairs")
+            if self.d_rotary > self.d_head:
+                raise ValueError(f"rotary_dim ({self.d_rotary}) must be at most head_dim ({self.d_head})")
+        elif self.rope_scaling is not None or self.rotary_dim is not None or self.nope_layers:
+            raise ValueError(
+                f"rope_scaling, rotary_dim and nope_layers are for position 'rotary', not {self.position!r}"
+            )
+        if self.position == "relative" and self.relative_max_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_max_distance ({self.relative_max_distance}) must be above half of relative_buckets"
+                f" ({self.relative_buckets})"
+            )
 
     @property
     def d_head(self) -> int:
         return self.head_dim or self.d_model // self.n_head
 
     @property
+    def d_rotary(self) -> int:
+        return self.rotary_dim or self.d_head
+
+    @property
     def n_group(self) -> int:
         return self.n_kv_head or self.n_head
 
     @property
+    def gated(self) -> bool:
+        return self.mlp in GATES
+
+    @property
     def d_hidden(self) -> int:
-        width = 8 * self.d_model / 3 if self.mlp == "swiglu" else 4 * self.d_model
+        width = 8 * self.d_model / 3 if self.gated else 4 * self.d_model
         return self.d_ff or 64 * math.ceil(width / 64)
 
-
-class Rotary(nn.Module):
-    """Rotary positions: turn each pair (i, i + D/2) of a head by position * theta^(-2i/D) (Su et al. 2021)."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        assert config.max_seq_len is not None
-        half = torch.arange(0, config.d_head, 2, device="cpu") / config.d_head
-        angles = torch.outer(torch.arange(config.max_seq_len, device="cpu"), config.rope_theta**-half).repeat(1, 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (max_seq_len, D)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, positions: Tensor | None, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at `positions` (B, T), None meaning 0 .. n_tokens - 1; broadcastable to (B, heads, T, D)."""
-        if n_tokens > len(self.cos):
-            raise ValueError(f"{n_tokens} tokens do not fit the model's context (max_seq_len {len(self.cos)})")
-        if positions is None:
-            return self.cos[:n_tokens], self.sin[:n_tokens]
-        return self.cos[positions][:, None], self.sin[positions][:, None]
+    def window_of(self, layer: int) -> int | None:
+        return None if layer in self.full_layers else self.window
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, T, D) by the angles of `Rotary`."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
-
-
-Flex = Callable[..., Tensor]  # FlexAttention's kernel (Dong et al. 2024), compiled
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What a query may see: `allowed` (B, 1, T, S) bool; else all, or if `causal` (T = S) the past and itself.
-
-    With `blocks` the kernel `flex` computes it, and skips what no query of a block may see.
-    """
-
-    causal: bool = True
-    allowed: Tensor | None = None
-    blocks: BlockMask | None = None
-    flex: Flex | None = None
-
-
-BLOCK = 128  # positions of a block mask's block: FlexAttention's own
-
-
-def same_document(doc_ids: Tensor) -> Mask:
-    """Causal, inside one document: positions of a row with equal ids; doc_ids (B, T)."""
-    same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]  # (B, 1, T, T)
-    return Mask(allowed=same.tril())
-
-
-def same_document_blocks(doc_ids: Tensor, flex: Flex) -> Mask:
-    """What `same_document` allows, for `flex`: which blocks of keys a block of queries sees, from the ids in each."""
-    B, T = doc_ids.shape
-    n = -(-T // BLOCK)
-    padded = F.pad(doc_ids, (0, n * BLOCK - T), mode="replicate" if T else "constant").view(B, n, BLOCK)
-    low, high = padded.amin(dim=-1), padded.amax(dim=-1)  # (B, n)
-    past = torch.ones(n, n, dtype=torch.bool, device=doc_ids.device).tril()
-    touching = (high[:, None] >= low[:, :, None]) & (low[:, None] <= high[:, :, None]) & past  # (B, queries, keys)
-    pure = low == high
-    whole = touching & pure[:, None] & pure[:, :, None] & past.tril(-1)  # nothing hidden: computed without the mask
-    if T % BLOCK:
-        whole[:, :, -1] = False
-
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """(how many keys' blocks, which: those first) of each block of queries."""
-        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-        return blocks.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (doc_ids[b, q] == doc_ids[b, k])
-
-    part, full = listed(touching & ~whole), listed(whole)
-    blocks = BlockMask.from_kv_blocks(*part, *full, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(T, T))
-    return Mask(blocks=blocks, flex=flex)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v under `mask`: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
-
-    Each group of H / G query heads shares a key/value head (Shazeer 2019; Ainslie et al. 2023). torch's fused kernel,
-    except on the CPU at lengths where writing the scores out is faster (measured: docs/experiments.md).
-    """
-    if mask.flex is not None:
-        return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
-    if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
-        return _attend_written_out(q, k, v, mask)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask.allowed,
-        is_causal=mask.causal and mask.allowed is None,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-
-
-def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """The formula, queries in chunks so that causal attention skips most keys that it may not see."""
-    (B, H, T, D), G, chunk = q.shape, k.shape[1], 256
-    q = q * D**-0.5
-    parts = []
-    for start in range(0, T, chunk):
-        stop = min(start + chunk, T)
-        seen = stop if mask.causal else k.shape[2]
-        rows = q[:, :, start:stop].reshape(B, G, -1, D)  # the H / G heads of a group, one below the other
-        scores = (rows @ k[:, :, :seen].mT).view(B, H, stop - start, seen)
-        if mask.allowed is not None:
-            scores = scores + _minus_infinity(~mask.allowed[:, :, start:stop, :seen], q.dtype)
-        elif mask.causal:
-            hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(start + 1)
-            scores = scores + _minus_infinity(hidden, q.dtype)
-        weights = scores.softmax(dim=-1).view(B, G, -1, seen)
-        parts.append((weights @ v[:, :, :seen]).view(B, H, stop - start, D))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """-inf where `hidden`, else 0: adding it costs no copy of the scores in the backward pass, as masked_fill does."""
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
+def position_of(config: ModelConfig) -> Position:
+    """The part that tells a decoder the order of its tokens."""
+    assert config.max_seq_len is not None
+    parts: dict[str, Callable[[int], Position]] = {
+        "rotary": lambda n: Rotary(config.d_rotary, n, config.rope_theta, config.rope_scaling),
+        "learned": lambda n: Learned(n, config.d_model),
+        "sinusoidal": lambda n: Sinusoidal(n, config.d_model, config.rope_theta),
+        "relative": lambda n: RelativeBias(config.n_head, config.relative_buckets, config.relative_max_distance),
+        "none": lambda n: Position(),
+    }
+    return parts[config.position](config.max_seq_len)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain, computed in fp32 and returned in the dtype of x (Zhang and Sennrich 2019)."""
+    """x / rms(x) * gain, computed in at least fp32 and returned in the dtype of x (Zhang and Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -213,47 +158,72 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
+class GainFreeRMSNorm(nn.Module):
+    """x / rms(x)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, (self.width,), None, self.eps).to(x.dtype)
+
+
+def norm_of(config: ModelConfig, width: int) -> nn.Module:
+    """A norm over `width` columns."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
+    return (RMSNorm if config.norm_gain else GainFreeRMSNorm)(width, config.norm_eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, H, G, D = config.d_model, config.n_head, config.n_group, config.d_head
-        norm = NORMS[config.norm]
         self.layer, self.d_head = layer, D
-        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
-        self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias)
-        self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
-        self.q_norm = norm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = norm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_proj = nn.Linear(C, H * D, bias=bool(config.attention_bias))
+        self.k_proj = nn.Linear(C, G * D, bias=bool(config.attention_bias))
+        self.v_proj = nn.Linear(C, G * D, bias=bool(config.attention_bias))
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias is True)
+        whole = config.qk_norm == "whole"
+        self.q_normed, self.k_normed = ((1, H * D), (1, G * D)) if whole else ((H, D), (G, D))
+        self.q_norm = norm_of(config, self.q_normed[1]) if config.qk_norm else nn.Identity()
+        self.k_norm = norm_of(config, self.k_normed[1]) if config.qk_norm else nn.Identity()
+        turns = config.position == "rotary" and layer not in config.nope_layers
+        self.turn: Callable[..., tuple[Tensor, Tensor]] = rotate if turns else keep
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), rotated to their positions."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.d_head)
-        k = self.k_proj(x).view(B, T, -1, self.d_head)
+        q = self.q_norm(self.q_proj(x).view(B, T, *self.q_normed)).view(B, T, -1, self.d_head)
+        k = self.k_norm(self.k_proj(x).view(B, T, *self.k_normed)).view(B, T, -1, self.d_head)
         v = self.v_proj(x).view(B, T, -1, self.d_head)
-        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)
-        return q, k, v.transpose(1, 2)
+        return *self.turn(q.transpose(1, 2), k.transpose(1, 2), angles), v.transpose(1, 2)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None, at: Tensor | None
-    ) -> Tensor:
-        q, k, v = self.project(x, cos, sin)
+    def forward(self, x: Tensor, angles: Angles | None, mask: Mask, cache: KVCache | None, at: Tensor | None) -> Tensor:
+        q, k, v = self.project(x, angles)
         if cache is not None:
             assert at is not None
             k, v = cache.append(self.layer, k, v, at)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # Hendrycks and Gimpel 2016, as GPT-1 and GPT-2 compute it
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
+}
+
+
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, SwiGLU and GEGLU)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -261,16 +231,10 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(C, F_, bias=config.mlp_bias)
         self.up_proj = nn.Linear(C, F_, bias=config.mlp_bias)
         self.down_proj = nn.Linear(F_, C, bias=config.mlp_bias)
+        self.activation = GATES[config.mlp]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
-}
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PlainMLP(nn.Module):
@@ -289,20 +253,45 @@ class PlainMLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm: each sub-layer reads a normalized copy of the stream and adds its answer."""
 
+    norms = ("input_layernorm", "post_attention_layernorm")
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+    post_feedforward_layernorm: nn.Module
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        norm = NORMS[config.norm]
-        self.input_layernorm = norm(config.d_model, eps=config.norm_eps)
+        for name in self.norms:
+            setattr(self, name, norm_of(config, config.d_model))
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = norm(config.d_model, eps=config.norm_eps)
-        self.mlp = GatedMLP(config) if config.mlp == "swiglu" else PlainMLP(config)
+        self.mlp = GatedMLP(config) if config.gated else PlainMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None, at: Tensor | None
-    ) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, at))
+    def forward(self, x: Tensor, angles: Angles | None, mask: Mask, cache: KVCache | None, at: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), angles, mask, cache, at))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class PostNormBlock(Block):
+    """Post-norm: the stream itself is normalized after each addition (Vaswani et al. 2017; Radford et al. 2018)."""
+
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+    def forward(self, x: Tensor, angles: Angles | None, mask: Mask, cache: KVCache | None, at: Tensor | None) -> Tensor:
+        x = self.post_attention_layernorm(x + self.dropout(self.self_attn(x, angles, mask, cache, at)))
+        return self.post_feedforward_layernorm(x + self.dropout(self.mlp(x)))
+
+
+class OutputNormBlock(Block):
+    """Each sub-layer reads the stream as it is, and its answer is normalized (OLMo 2, Walsh et al. 2025, section 3.2)."""
+
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+    def forward(self, x: Tensor, angles: Angles | None, mask: Mask, cache: KVCache | None, at: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.post_attention_layernorm(self.self_attn(x, angles, mask, cache, at)))
+        return x + self.dropout(self.post_feedforward_layernorm(self.mlp(x)))
+
+
+BLOCKS: dict[str, type[Block]] = {"pre": Block, "post": PostNormBlock, "output": OutputNormBlock}
 
 
 class Decoder(nn.Module):
@@ -310,12 +299,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.vocab_size is not None
+        assert config.vocab_size is not None and config.max_seq_len is not None
+        self.max_seq_len = config.max_seq_len
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.position = position_of(config)
+        self.embed_norm = norm_of(config, config.d_model) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
-        self.rotary = Rotary(config)
+        self.layers = nn.ModuleList(BLOCKS[config.norm_at](config, layer) for layer in range(config.n_layer))
+        self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
+        self.norm = nn.Identity() if config.norm_at == "post" else norm_of(config, config.d_model)
         self.flex: Flex | None = None  # a kernel for attention inside documents, where one is applied
 
     def forward(
@@ -324,25 +316,54 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        at = None if cache is None else cache.positions(tokens.shape[1])
-        mask = self.mask(doc_ids, cache, at)
-        x = self.dropout(self.embed_tokens(tokens))  # (B, T, C)
-        cos, sin = self.rotary(at if positions is None else positions, tokens.shape[1])
-        for block in self.layers:
-            x = block(x, cos, sin, mask, cache, at)
+        T = tokens.shape[1]
+        total = T if cache is None else cache.longest + T
+        if total > self.max_seq_len:
+            raise ValueError(f"{total} tokens do not fit the model's context (max_seq_len {self.max_seq_len})")
+        slots = None if cache is None else cache.positions(T)  # of the cache's rows
+        at = At(slots if positions is None else positions, T, total)
+        masks = {window: self.mask(at, doc_ids, cache, slots, prefix, window) for window in set(self.windows)}
+        x = self.dropout(self.embed_norm(self.position.embed(self.embed_tokens(tokens), at)))  # (B, T, C)
+        angles = self.position.angles(at)
+        for block, window in zip(self.layers, self.windows, strict=True):
+            x = block(x, angles, masks[window], cache, slots)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(T)
         return self.norm(x)
 
-    def mask(self, doc_ids: Tensor | None, cache: KVCache | None, at: Tensor | None) -> Mask:
-        """Causal; inside one document where `doc_ids` (B, T) says so; over the cache where there is one."""
+    def mask(
+        self,
+        at: At,
+        doc_ids: Tensor | None,
+        cache: KVCache | None,
+        slots: Tensor | None,
+        prefix: Tensor | None,
+        window: int | None,
+    ) -> Mask:
+        """What the queries of this step see: inside documents, over the cache, within the window, with the scores' bias."""
+        device = self.embed_tokens.weight.device
+        queries = at.rows(device)
         if cache is not None and not cache.empty:
-            assert at is not None and doc_ids is None, "a cache holds one document a row"
-            return Mask(causal=False, allowed=cache.visible(at))
-        if doc_ids is None:
-            return Mask()
-        return same_document(doc_ids) if self.flex is None else same_document_blocks(doc_ids, self.flex)
+            assert slots is not None and doc_ids is None and prefix is None, "a cache holds one document a row"
+            bias = self.position.bias(queries, torch.arange(at.total, device=device)[None])
+            return Mask(causal=False, allowed=cache.visible(slots, window), bias=bias)
+        bias = self.position.bias(queries, queries)
+        if self.flex is not None and doc_ids is not None and prefix is None and bias is None:
+            return masked_blocks(doc_ids, self.flex, window)
+        return masked(at.n_tokens, doc_ids=doc_ids, window=window, prefix=prefix, bias=bias, device=device)
+
+
+class Softcap(nn.Module):
+    """Logits that stay within +-cap (Gemma Team 2024, section 2)."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.cap * torch.tanh(logits / self.cap)
 
 
 class GPT(nn.Module):
@@ -353,6 +374,7 @@ class GPT(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, self.model.embed_tokens.num_embeddings, bias=False)
+        self.softcap = nn.Identity() if config.logit_softcap is None else Softcap(config.logit_softcap)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -362,13 +384,19 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        """Normalized features (B, T, C) that `lm_head` turns into logits.
+        """Normalized features (B, T, C) that `logits` turns into logits.
 
         `positions` (B, T) int64 default to 0 .. T-1, after the cache's rows where there is one; `doc_ids` (B, T) keep
-        attention inside equal ids; `cache` is read, extended and advanced.
+        attention inside equal ids; `cache` is read, extended and advanced; positions of a row where `prefix` (B, T) bool
+        is true see each other both ways.
         """
-        return self.model(tokens, positions, doc_ids, cache)
+        return self.model(tokens, positions, doc_ids, cache, prefix)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features (..., C) -> logits (..., V)."""
+        return self.softcap(self.lm_head(features))
 
     def forward(
         self,
@@ -376,8 +404,9 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        return self.lm_head(self.features(tokens, positions, doc_ids, cache))
+        return self.logits(self.features(tokens, positions, doc_ids, cache, prefix))
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache of this model's shape, device and dtype."""

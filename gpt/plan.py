@@ -189,11 +189,16 @@ def n_parameters(model: GPT) -> int:
 
 
 def flops_per_token(model: GPT, seq_len: int) -> float:
-    """Training FLOPs of a token: 6 a matrix parameter, 12 L H D T for attention (PaLM, appendix B: not causal)."""
+    """Training FLOPs of a token: 6 a matrix parameter, 12 H D T a layer for attention (PaLM, appendix B: not causal).
+
+    T is at most the layer's sliding window.
+    """
     c = model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name)
+    looked_up = ("model.embed_tokens", "model.position")
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(looked_up))
     head = model.lm_head.weight.numel() if c.tie_embeddings else 0
-    return 6 * (matrices + head) + 12 * c.n_layer * c.n_head * c.d_head * seq_len
+    seen = sum(min(c.window_of(layer) or seq_len, seq_len) for layer in range(c.n_layer))
+    return 6 * (matrices + head) + 12 * c.n_head * c.d_head * seen
 
 
 def peak_flops(device: str) -> float | None:

@@ -116,7 +116,7 @@ def test_what_must_work_first_and_last_stands_on_the_standard_library_alone(room
 
 def test_the_model_knows_tensors_and_its_config():
     model = tree(ROOT / "gpt" / "model.py")
-    assert set(rooms_of(model)) <= {"cache", "config"}
+    assert set(rooms_of(model)) <= {"attention", "cache", "config", "positions"}
     modules = {module for node in ast.walk(model) for module in imported(node)}
     assert not modules & {"os", "pathlib", "torch.distributed", "rich", "safetensors"}
 

@@ -38,7 +38,7 @@ def sample(dtype: torch.dtype, ignored: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.usefixtures("chunks")
 def test_sum_and_gradients_equal_torchs_cross_entropy(dtype: torch.dtype, ignored: int) -> None:
     features, head, targets = sample(dtype, ignored)
-    ours = ChunkedCrossEntropy.apply(features, head, targets, dtype, True)
+    ours = ChunkedCrossEntropy.apply(features, head, targets, None, dtype, True)
     torchs = F.cross_entropy(features @ head.T, targets, ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(ours, torchs.float(), rtol=1e-6, atol=1e-5)
     scale = torch.tensor(0.37, dtype=dtype)  # the caller's division by the number of targets
@@ -53,7 +53,7 @@ def test_sum_and_gradients_equal_torchs_cross_entropy(dtype: torch.dtype, ignore
 @pytest.mark.usefixtures("chunks")
 def test_nothing_to_learn_costs_nothing_and_moves_nothing() -> None:
     features, head, targets = sample(torch.float32, N)
-    total = ChunkedCrossEntropy.apply(features, head, targets, torch.float32, True)
+    total = ChunkedCrossEntropy.apply(features, head, targets, None, torch.float32, True)
     total.backward()
     assert total.item() == 0
     assert features.grad is not None and not features.grad.any()
@@ -62,7 +62,7 @@ def test_nothing_to_learn_costs_nothing_and_moves_nothing() -> None:
 
 def test_an_overconfident_head_gives_finite_loss_and_gradients() -> None:
     features, head, targets = sample(torch.float32, 0)
-    total = ChunkedCrossEntropy.apply(features * 1e4, head * 1e4, targets, torch.float32, True)
+    total = ChunkedCrossEntropy.apply(features * 1e4, head * 1e4, targets, None, torch.float32, True)
     total.backward()
     assert total.isfinite()
     assert features.grad is not None and features.grad.isfinite().all()
@@ -124,7 +124,7 @@ def test_an_evaluation_does_not_pay_for_gradients(build: Build, tokens: Tokens, 
 
     def head_flops() -> int:
         features = objective.model.features(x).flatten(0, 1)
-        objective.model.features = lambda *_: features.view(2, 8, -1)  # type: ignore[method-assign, assignment]
+        objective.model.features = lambda *_, **__: features.view(2, 8, -1)  # type: ignore[method-assign, assignment]
         with FlopCounterMode(display=False) as counter:
             objective(x, x)
         del objective.model.features

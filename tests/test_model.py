@@ -8,23 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.model import (
-    GPT,
-    GatedMLP,
-    Mask,
-    ModelConfig,
-    PlainMLP,
-    RMSNorm,
-    Rotary,
-    _attend_written_out,
-    attend,
-    rotate,
-    same_document,
-    same_document_blocks,
-)
+from gpt.model import GPT, GatedMLP, ModelConfig, PlainMLP, RMSNorm
 
 Build = Callable[..., GPT]
 Tokens = Callable[..., Tensor]
@@ -36,7 +21,6 @@ VARIANTS = {
     "gpt2-like": {"norm": "layernorm", "mlp": "gelu", "attention_bias": True, "mlp_bias": True, "qk_norm": False},
     "layernorm on heads": {"norm": "layernorm", "mlp": "relu", "qk_norm": True},
 }
-HEADS = [(4, 4), (4, 2), (4, 1)]  # multi-head, grouped, multi-query
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
@@ -46,10 +30,6 @@ def model(request: pytest.FixtureRequest, build: Build) -> GPT:
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def heads(H: int, G: int, T: int, D: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(normal(2, n, T, D, seed=i, dtype=dtype) for i, n in enumerate((H, G, G)))  # type: ignore[return-value]
 
 
 # What a position may see
@@ -113,75 +93,6 @@ def test_more_tokens_than_the_context_are_refused_with_both_numbers(build: Build
 # Attention
 
 
-@pytest.mark.parametrize(("H", "G"), HEADS)
-def test_attention_is_the_written_formula(H: int, G: int) -> None:
-    q, k, v = heads(H, G, T=7)
-    expected = torch.empty_like(q)
-    for b in range(2):
-        for h in range(H):
-            for t in range(7):
-                past = [q[b, h, t] @ k[b, h * G // H, s] / math.sqrt(8) for s in range(t + 1)]
-                weights = torch.stack(past).exp()
-                expected[b, h, t] = (weights / weights.sum()) @ v[b, h * G // H, : t + 1]
-    torch.testing.assert_close(attend(q, k, v, Mask()), expected, atol=1e-12, rtol=0)
-
-
-def masks(T: int) -> dict[str, tuple[Mask, Tensor]]:
-    """Each mask with the (B, 1, T, T) table of what it allows."""
-    causal = torch.ones(2, 1, T, T, dtype=torch.bool).tril()
-    doc_ids = torch.stack([torch.arange(T) // 100, torch.arange(T) // 270])
-    documents = causal & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
-    scattered = (normal(2, 1, T, T, seed=9) > 0) | torch.eye(T, dtype=torch.bool)
-    return {
-        "causal": (Mask(), causal),
-        "documents": (Mask(allowed=documents), documents),
-        "not causal": (Mask(causal=False, allowed=scattered), scattered),
-        "all": (Mask(causal=False), torch.ones_like(causal)),
-    }
-
-
-@pytest.mark.parametrize("kind", masks(1))
-@pytest.mark.parametrize("T", [5, 256, 600])
-@pytest.mark.parametrize(("H", "G"), HEADS)
-def test_written_out_attention_and_its_gradients_equal_torchs(H: int, G: int, T: int, kind: str) -> None:
-    mask, allowed = masks(T)[kind]
-    inputs = [x.requires_grad_() for x in heads(H, G, T)]
-    ours = _attend_written_out(*inputs, mask)
-    torchs = F.scaled_dot_product_attention(*inputs, attn_mask=allowed, enable_gqa=H != G)
-    torch.testing.assert_close(ours, torchs, atol=1e-12, rtol=1e-12)
-    direction = normal(*ours.shape, seed=5)
-    for our_grad, torchs_grad in zip(
-        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(torchs, inputs, direction), strict=True
-    ):
-        torch.testing.assert_close(our_grad, torchs_grad, atol=1e-11, rtol=1e-11)
-
-
-def test_causal_attention_skips_keys_in_the_future() -> None:
-    q, k, v = heads(4, 2, T=1024)
-    with FlopCounterMode(display=False) as causal:
-        _attend_written_out(q, k, v, Mask())
-    with FlopCounterMode(display=False) as full:
-        _attend_written_out(q, k, v, Mask(causal=False))
-    assert causal.get_total_flops() < 0.65 * full.get_total_flops()
-
-
-def test_written_out_attention_in_bf16_is_as_close_as_torchs() -> None:
-    q, k, v = heads(4, 2, T=300, D=32)
-    exact = _attend_written_out(q, k, v, Mask())
-    q, k, v = (x.bfloat16() for x in (q, k, v))
-    ours = (_attend_written_out(q, k, v, Mask()).double() - exact).abs().mean()
-    torchs = (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).double() - exact).abs().mean()
-    assert ours < 1.5 * torchs < 0.01
-
-
-@pytest.mark.parametrize("kind", masks(1))
-def test_both_ways_to_attend_agree_where_one_hands_over_to_the_other(kind: str) -> None:
-    q, k, v = heads(4, 2, T=513)
-    mask, _ = masks(513)[kind]
-    assert attend(q, k, v, mask).shape == q.shape
-    torch.testing.assert_close(attend(q, k, v, mask), _attend_written_out(q, k, v, mask), atol=1e-12, rtol=0)
-
-
 @torch.inference_mode()
 def test_shared_heads_written_out_in_full_give_the_same_logits(build: Build, tokens: Tokens) -> None:
     grouped, full = build(n_kv_head=2), build(n_kv_head=4)
@@ -197,51 +108,6 @@ def test_shared_heads_written_out_in_full_give_the_same_logits(build: Build, tok
 def test_as_many_groups_as_heads_is_multi_head_attention(build: Build, tokens: Tokens) -> None:
     x = tokens(2, 9)
     assert torch.equal(build(n_kv_head=4)(x), build(n_kv_head=None)(x))
-
-
-# Positions
-
-
-def rotary(D: int = 8, length: int = 64, theta: float = 10_000.0) -> Rotary:
-    return Rotary(ModelConfig(vocab_size=64, max_seq_len=length, d_model=D, n_head=1, rope_theta=theta))
-
-
-def rotated(x: Tensor, rope: Rotary, first: int = 0) -> Tensor:
-    """x (T, D) at positions first, first + 1, ..."""
-    return rotate(x[None, None], *rope(torch.arange(first, first + len(x))[None], len(x)))[0, 0]
-
-
-def test_a_rotated_score_depends_on_the_distance_alone() -> None:
-    rope, q, k = rotary(), normal(1, 8), normal(1, 8, seed=1)
-    scores = [float(rotated(q, rope, m + 7) @ rotated(k, rope, m).T) for m in (0, 1, 19, 56)]
-    assert scores == pytest.approx([scores[0]] * 4, abs=1e-5)
-    others = [float(rotated(q, rope, d) @ rotated(k, rope, 0).T) for d in range(12)]
-    assert len({round(score, 3) for score in others}) == 12
-
-
-def test_rotation_keeps_norms() -> None:
-    x = normal(64, 8)
-    torch.testing.assert_close(rotated(x, rotary()).norm(dim=-1), x.norm(dim=-1), atol=1e-6, rtol=0)
-
-
-def test_position_zero_is_not_rotated() -> None:
-    x = normal(1, 8)
-    assert torch.equal(rotated(x, rotary()), x)
-
-
-@pytest.mark.parametrize("theta", [10_000.0, 500.0])
-def test_rotation_is_multiplication_by_complex_phases(theta: float) -> None:
-    D, T = 8, 64
-    x = normal(T, D)
-    phase = torch.arange(T, dtype=torch.float64)[:, None] * theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
-    pairs = torch.complex(x[:, : D // 2], x[:, D // 2 :]) * torch.polar(torch.ones_like(phase), phase)
-    expected = torch.cat([pairs.real, pairs.imag], dim=-1)
-    torch.testing.assert_close(rotated(x, rotary(D, T, theta), 0), expected, atol=2e-5, rtol=0)
-
-
-def test_positions_left_open_count_from_zero() -> None:
-    rope, x = rotary(), normal(1, 1, 10, 8)
-    assert torch.equal(rotate(x, *rope(None, 10))[0, 0], rotated(x[0, 0], rope))
 
 
 # Norms and MLPs
@@ -478,56 +344,3 @@ def test_a_few_steps_learn_a_batch_by_heart(build: Build, tokens: Tokens) -> Non
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.05
-
-
-# FlexAttention's description of a document mask
-
-
-def packed_documents(rows: int, length: int, longest: int, seed: int = 0) -> Tensor:
-    """(rows, length) document numbers that ascend along a row."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(rows, length, generator=generator) < 2 / longest).cumsum(dim=-1)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("length", [1, 5, 128, 200, 384])
-@pytest.mark.parametrize("longest", [3, 60, 10**6])
-def test_flex_attention_computes_the_mask_of_every_pair(length: int, longest: int) -> None:
-    ids = packed_documents(2, length, longest)
-    q, k, v = (torch.randn(2, heads, length, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
-    ours = attend(q, k, v, same_document_blocks(ids, flex_attention))
-    torch.testing.assert_close(ours, attend(q, k, v, same_document(ids)), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("longest", [3, 60, 300, 10**6])
-def test_blocks_are_those_that_torch_finds_by_looking_at_every_pair(longest: int) -> None:
-    """Those without a visible pair are skipped; those with no hidden pair are computed without a mask."""
-    ids = packed_documents(3, 640, longest, seed=1)
-    ids[1] = ids[1].flip(0)  # numbers need not ascend
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (ids[b, q] == ids[b, k])
-
-    ours = same_document_blocks(ids, flex_attention).blocks
-    torchs = create_block_mask(seen, 3, None, 640, 640, device="cpu")
-    assert ours is not None
-    assert torch.equal(ours.to_dense(), torchs.to_dense())
-    assert torch.equal(ours.full_kv_num_blocks, torchs.full_kv_num_blocks)
-    for name in ("q_num_blocks", "full_q_num_blocks"):  # the backward pass goes by these
-        assert torch.equal(getattr(ours, name), getattr(torchs, name))
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@torch.inference_mode()
-def test_a_document_has_the_same_logits_alone_and_packed_by_either_kernel(build: Build, tokens: Tokens) -> None:
-    lengths = [7, 1, 15, 9]
-    x, model = tokens(1, 32), build(n_kv_head=2)
-    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    dense = model(x, positions, ids)
-    model.model.flex = flex_attention
-    flex = model(x, positions, ids)
-    for start, n in zip([0, 7, 8, 23], lengths, strict=True):
-        alone = model(x[:, start : start + n])
-        for packed in (dense, flex):
-            assert (packed[:, start : start + n] - alone).abs().max() < 1e-4

@@ -1,0 +1,149 @@
+"""Attention: what a query may see, as a frozen description, and the kernels that compute it.
+
+Dimensions:  B batch rows   T query positions   S key positions   H query heads   G key/value heads   D head size
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+Flex = Callable[..., Tensor]  # FlexAttention's kernel (Dong et al. 2024), compiled
+BLOCK = 128  # positions of a block mask's block: FlexAttention's own
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a query may see: `allowed` (B, 1, T, S) bool, nothing later than itself if `causal` (T = S).
+
+    `bias` (B or 1, H, T, S) is added to the scores. With `blocks` the kernel `flex` computes it, and skips what no query
+    of a block may see. The kernels take: written out and fused all but `blocks`, flex `blocks` alone.
+    """
+
+    causal: bool = True
+    allowed: Tensor | None = None
+    bias: Tensor | None = None
+    blocks: BlockMask | None = None
+    flex: Flex | None = None
+
+
+def masked(
+    n_tokens: int,
+    *,
+    doc_ids: Tensor | None = None,
+    window: int | None = None,
+    prefix: Tensor | None = None,
+    bias: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Mask:
+    """Causal, of a whole sequence: inside one document, the last `window` positions alone, or both ways in a prefix.
+
+    `doc_ids` (B, T): positions of a row with equal ids are one document. `prefix` (B, T) bool: these see each other (Dong
+    et al. 2019; Raffel et al. 2020, section 3.2.1).
+    """
+    if doc_ids is None and prefix is None and (window is None or window >= n_tokens):
+        return Mask(bias=bias)
+    at = torch.arange(n_tokens, device=device)
+    distance = at[:, None] - at
+    allowed = (distance >= 0)[None, None]  # (1 or B, 1, T, T)
+    if window is not None:
+        allowed = allowed & (distance < window)
+    if prefix is not None:
+        allowed = allowed | (prefix[:, None, :, None] & prefix[:, None, None, :])
+    if doc_ids is not None:
+        allowed = allowed & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
+    return Mask(causal=prefix is None, allowed=allowed, bias=bias)
+
+
+def masked_blocks(doc_ids: Tensor, flex: Flex, window: int | None = None) -> Mask:
+    """What `masked` allows inside documents, for `flex`: which blocks of keys a block of queries sees, from the ids in each."""
+    B, T = doc_ids.shape
+    n, reach = -(-T // BLOCK), window or T
+    padded = F.pad(doc_ids, (0, n * BLOCK - T), mode="replicate" if T else "constant").view(B, n, BLOCK)
+    low, high = padded.amin(dim=-1), padded.amax(dim=-1)  # (B, n)
+    first = torch.arange(n, device=doc_ids.device) * BLOCK
+    apart = first[:, None] - first  # (queries, keys): from the first of one to the first of the other
+    near = (apart >= 0) & (apart - BLOCK + 1 < reach)
+    touching = (high[:, None] >= low[:, :, None]) & (low[:, None] <= high[:, :, None]) & near  # (B, queries, keys)
+    pure = low == high
+    inside = (apart > 0) & (apart + BLOCK - 1 < reach)
+    whole = touching & pure[:, None] & pure[:, :, None] & inside  # nothing hidden: computed without the mask
+    if T % BLOCK:
+        whole[:, :, -1] = False
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """(how many keys' blocks, which: those first) of each block of queries."""
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (q - k < reach) & (doc_ids[b, q] == doc_ids[b, k])
+
+    part, full = listed(touching & ~whole), listed(whole)
+    blocks = BlockMask.from_kv_blocks(*part, *full, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(T, T))
+    return Mask(blocks=blocks, flex=flex)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v under `mask`: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
+
+    Each group of H / G query heads shares a key/value head (Shazeer 2019; Ainslie et al. 2023). torch's fused kernel,
+    except on the CPU at lengths where writing the scores out is faster (measured: docs/experiments.md).
+    """
+    if mask.flex is not None:
+        return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
+    if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
+        return written_out(q, k, v, mask)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask.allowed if mask.bias is None else _added(mask, q, k),
+        is_causal=mask.causal and mask.allowed is None and mask.bias is None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """The formula, queries in chunks so that causal attention skips most keys that it may not see."""
+    (B, H, T, D), G, chunk = q.shape, k.shape[1], 256
+    q = q * D**-0.5
+    parts = []
+    for start in range(0, T, chunk):
+        stop = min(start + chunk, T)
+        seen = stop if mask.causal else k.shape[2]
+        rows = q[:, :, start:stop].reshape(B, G, -1, D)  # the H / G heads of a group, one below the other
+        scores = (rows @ k[:, :, :seen].mT).view(B, H, stop - start, seen)
+        if mask.bias is not None:
+            scores = scores + mask.bias[:, :, start:stop, :seen].to(q.dtype)
+        if (hidden := _hidden(mask, start, stop, seen, q.device)) is not None:
+            scores = scores + _minus_infinity(hidden, q.dtype)
+        weights = scores.softmax(dim=-1).view(B, G, -1, seen)
+        parts.append((weights @ v[:, :, :seen]).view(B, H, stop - start, D))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _added(mask: Mask, q: Tensor, k: Tensor) -> Tensor:
+    """All of the mask as one tensor to add to the scores."""
+    assert mask.bias is not None
+    bias = mask.bias.to(q.dtype)
+    hidden = _hidden(mask, 0, q.shape[2], k.shape[2], q.device)
+    return bias if hidden is None else bias + _minus_infinity(hidden, q.dtype)
+
+
+def _hidden(mask: Mask, start: int, stop: int, seen: int, device: torch.device) -> Tensor | None:
+    """Which of the first `seen` keys the queries start .. stop - 1 may not see; None: they see all."""
+    if mask.allowed is not None:
+        return ~mask.allowed[:, :, start:stop, :seen]
+    if mask.causal:
+        return torch.ones(stop - start, seen, dtype=torch.bool, device=device).triu(start + 1)
+    return None
+
+
+def _minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where `hidden`, else 0: adding it costs no copy of the scores in the backward pass, as masked_fill does."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)

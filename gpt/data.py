@@ -81,14 +81,21 @@ class DataConfig(Settings):
 class Batch(NamedTuple):
     """Rows of inputs and what follows each: (B, T) int64; targets are shifted, and IGNORED where nothing is learned.
 
-    With document_mask also the number of each token's document within its row (padding has a number of its own) and
-    its position in it. `tokens` and `targets` may be views of one buffer; nobody writes to them.
+    With document_mask also each token's position in its document and the number of that within the row (padding has a
+    number of its own); for a prefix-LM also whether it belongs to a prompt, (B, T) bool. `tokens` and `targets` may be
+    views of one buffer; nobody writes to them.
     """
 
     tokens: Tensor
     targets: Tensor
-    doc_ids: Tensor | None = None
     positions: Tensor | None = None
+    doc_ids: Tensor | None = None
+    prefix: Tensor | None = None
+
+    @property
+    def given(self) -> list[Tensor]:
+        """What there is, in the order in which an objective takes it."""
+        return [x for x in self if x is not None]
 
     @property
     def n_targets(self) -> int:
@@ -259,11 +266,11 @@ def deal(weights: list[float]) -> np.ndarray:
 
 
 class Loader:
-    """Training batches of `batch_rows` rows of `seq_len` tokens."""
+    """Training batches of `batch_rows` rows of `seq_len` tokens; `prefix`: they say which tokens belong to a prompt."""
 
-    def __init__(self, data: Data, config: DataConfig, batch_rows: int, seed: int) -> None:
+    def __init__(self, data: Data, config: DataConfig, batch_rows: int, seed: int, *, prefix: bool = False) -> None:
         self.parts, self.config, self.batch_rows = data.parts, config, batch_rows
-        self.seq_len = config.seq_len
+        self.seq_len, self.prefix = config.seq_len, prefix
         for part in self.parts:
             if part.n_tokens < self.seq_len:
                 raise ValueError(
@@ -315,7 +322,7 @@ class Loader:
                 parts = [
                     (part.train, between(pieces, low, high)) for part, pieces in zip(self.parts, places, strict=True)
                 ]
-                whole = read(parts, high - low, self.seq_len, self.config.document_mask)
+                whole = read(parts, high - low, self.seq_len, self.config.document_mask, prefix=self.prefix)
                 if pin:
                     whole = Batch._make(x if x is None else x.contiguous().pin_memory() for x in whole)
                 columns = [[None] * (high - low) if x is None else x.split(self.batch_rows) for x in whole]
@@ -346,7 +353,12 @@ def between(pieces: Pieces, low: int, high: int) -> Pieces:
 
 
 def read(
-    parts: list[tuple[Tokens, Pieces]], n_rows: int, seq_len: int, document_mask: bool, end: int | None = None
+    parts: list[tuple[Tokens, Pieces]],
+    n_rows: int,
+    seq_len: int,
+    document_mask: bool,
+    end: int | None = None,
+    prefix: bool = False,
 ) -> Batch:
     """Rows made of pieces of the circles of tokens (of their first `end` tokens, where a document ends).
 
@@ -373,7 +385,11 @@ def read(
     if not document_mask:
         return batch
     doc_ids, positions = _documents(parts, n_rows, seq_len)
-    return batch._replace(doc_ids=torch.from_numpy(doc_ids), positions=torch.from_numpy(positions))
+    return batch._replace(
+        doc_ids=torch.from_numpy(doc_ids),
+        positions=torch.from_numpy(positions),
+        prefix=torch.from_numpy(_prompts(parts, n_rows, seq_len)) if prefix else None,
+    )
 
 
 def _fill(tokens: Tokens, pieces: Pieces, ids: np.ndarray, targets: np.ndarray, end: int) -> None:
@@ -392,16 +408,25 @@ def _fill(tokens: Tokens, pieces: Pieces, ids: np.ndarray, targets: np.ndarray, 
         targets[row, here] = tokens.start_id
         targets[row, column : column + len(inside) - 1] = inside[1:]
         if tokens.has_spans:
-            targets[row, here][~_learned(tokens, start + 1, count)] = IGNORED
+            targets[row, here][~_marked(tokens, "train", start + 1, count)] = IGNORED
 
 
-def _learned(tokens: Tokens, start: int, count: int) -> np.ndarray:
-    """(count,) bool: which of the tokens start .. start + count - 1 lie in a `train` span."""
-    learned = np.zeros(count, dtype=bool)
+def _marked(tokens: Tokens, kind: Literal["train", "prefix"], start: int, count: int) -> np.ndarray:
+    """(count,) bool: which of the tokens start .. start + count - 1 lie in a span of this kind."""
+    marked = np.zeros(count, dtype=bool)
     for span in tokens.spans(start, min(count, tokens.n_tokens - start)):
-        if span.kind == "train":
-            learned[max(0, span.start - start) : span.end - start] = True
-    return learned
+        if span.kind == kind:
+            marked[max(0, span.start - start) : span.end - start] = True
+    return marked
+
+
+def _prompts(parts: list[tuple[Tokens, Pieces]], n_rows: int, seq_len: int) -> np.ndarray:
+    """(n_rows, seq_len) bool: which tokens lie in a `prefix` span."""
+    prompts = np.zeros((n_rows, seq_len), dtype=bool)
+    for tokens, pieces in parts:
+        for row, column, start, count in np.stack(pieces, axis=1)[pieces.length > 0].tolist():
+            prompts[row, column : column + count] = _marked(tokens, "prefix", start, count)
+    return prompts
 
 
 def _documents(parts: list[tuple[Tokens, Pieces]], n_rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -463,7 +488,12 @@ def prefetched(loader: Loader, first: int, last: int, pin: bool = False) -> Gene
 
 
 def validation_batches(
-    tokens: Tokens, seq_len: int, batch_rows: int, max_tokens: int | None, document_mask: bool = False
+    tokens: Tokens,
+    seq_len: int,
+    batch_rows: int,
+    max_tokens: int | None,
+    document_mask: bool = False,
+    prefix: bool = False,
 ) -> Iterator[Batch]:
     """Every target of the split once, in order, in windows that do not overlap; the tail is kept.
 
@@ -475,7 +505,7 @@ def validation_batches(
         part = starts[i : i + batch_rows]
         rows = np.arange(len(part))
         pieces = Pieces(rows, np.zeros_like(rows), part, np.minimum(seq_len, end - part))
-        yield read([(tokens, pieces)], len(part), seq_len, document_mask, end)
+        yield read([(tokens, pieces)], len(part), seq_len, document_mask, end, prefix)
 
 
 def evaluated_tokens(tokens: Tokens, max_tokens: int | None) -> int:

@@ -9,9 +9,10 @@ from pydantic import Field
 
 from gpt import runtime, signals
 from gpt.config import Count, Settings
-from gpt.data import Data, evaluated_bytes, evaluated_tokens, validation_batches
+from gpt.data import IGNORED, Data, evaluated_bytes, evaluated_tokens, validation_batches
 from gpt.loss import NextToken
 from gpt.shards import Tokens
+from gpt.tokenizer import Tokenizer
 from gpt.views import by_source
 
 
@@ -74,15 +75,18 @@ def evaluate(
     objective: NextToken,
     parts: Mapping[str, Tokens],
     config: EvalConfig,
+    tokenizer: Tokenizer,
     *,
     seq_len: int,
     batch_rows: int,
     device: str,
     dtype: str,
     document_mask: bool = False,
+    prefix: bool = False,
 ) -> Evaluation:
     """Score every target of each part (or of its first documents) once, delimiters included; the mode stays.
 
+    Where only some tokens are learned (`shards.Span`), the bytes are those that the learned ones stand for.
     Raises signals.Stopped between batches when asked to stop.
     """
     was_training = objective.training
@@ -91,13 +95,17 @@ def evaluate(
     nats, n_targets, n_bytes = dict.fromkeys(parts, 0.0), 0, dict.fromkeys(parts, 0)
     for name, tokens in parts.items():
         total = torch.zeros((), dtype=torch.float64)
-        for batch in validation_batches(tokens, seq_len, batch_rows, each[name], document_mask):
+        for batch in validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix):
             signals.check()
             n_targets += batch.n_targets
-            given = (batch.tokens, batch.targets, batch.positions, batch.doc_ids)
+            if tokens.has_spans:
+                learned = batch.targets[batch.targets != IGNORED].numpy()
+                n_bytes[name] += int(tokenizer.byte_lengths[learned].sum())
             with runtime.autocast(device, dtype):
-                total += objective(*(x.to(device) for x in given if x is not None)).cpu().double()
-        nats[name], n_bytes[name] = float(total), evaluated_bytes(tokens, each[name])
+                total += objective(*(x.to(device) for x in batch.given)).cpu().double()
+        nats[name] = float(total)
+        if not tokens.has_spans:
+            n_bytes[name] = evaluated_bytes(tokens, each[name])
     objective.train(was_training)
     overall = sum(nats.values())
     if not math.isfinite(overall):

@@ -98,9 +98,22 @@ def agree(given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data
         raise ValueError(
             f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({config.model.max_seq_len})"
         )
+    if config.model.prefix_lm:
+        _check_prompts(config, data)
     if config.choices is not None:
         _check_choices(config, config.choices, data)
     return config
+
+
+def _check_prompts(config: TrainConfig, data: Data) -> None:
+    """ValueError unless there are prompts that a prefix-LM can read both ways, and their borders are known."""
+    if not config.data.document_mask:
+        raise ValueError("model.prefix_lm reads each document's prompt both ways: set data.document_mask=true")
+    if not any(part.train.has_spans for part in data.parts):
+        raise ValueError(
+            f"model.prefix_lm reads prompts both ways, and {names(data)} has none: prepare it from records with a "
+            "prompt (prompt: FIELD in its recipe), or set model.prefix_lm=false"
+        )
 
 
 def _check_choices(config: TrainConfig, choices: Choices, data: Data) -> None:

@@ -42,8 +42,7 @@ def update(
     """
     n_targets = max(1, batch.n_targets)
     loss = torch.zeros((), device=choices.device)
-    given = [x for x in (batch.tokens, batch.targets, batch.positions, batch.doc_ids) if x is not None]
-    parts = zip(*(x.split(choices.micro_batch) for x in given), strict=True)
+    parts = zip(*(x.split(choices.micro_batch) for x in batch.given), strict=True)
     for i, part in enumerate(parts):
         torch.manual_seed(runtime.key(config.seed, step, "dropout", i))
         with runtime.autocast(choices.device, choices.dtype):
@@ -161,8 +160,10 @@ class Session:
             self.objective,
             views(self.data),
             config.eval,
+            self.data.tokenizer,
             seq_len=config.data.seq_len,
             document_mask=config.data.document_mask,
+            prefix=config.model.prefix_lm,
             batch_rows=max(self.choices.micro_batch, EVAL_TOKENS // config.data.seq_len),
             device=self.choices.device,
             dtype=self.choices.dtype,
@@ -220,7 +221,7 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
         with _recorded(run, saves):
             model = settle.build(config, say)
             settle.check_space(run, saves, given.checkpoint.keep, model)
-            loader = Loader(data, config.data, settle.rows(config), config.seed)
+            loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
             fill = partial(settle.fill, model, config, latest, source)
             config = settle.settle(config, model, fill, data, loader, update, elapsed, say)
             assert config.choices is not None

@@ -431,6 +431,14 @@ def test_only_what_train_spans_cover_is_learned(tmp_path: Path) -> None:
     learned = batch.targets[batch.targets != IGNORED]
     assert sorted(learned.tolist()) == sorted([*ids[10:20], *ids[70:90]])
 
+    masked = DataConfig(path="x", seq_len=16, document_mask=True)
+    part = Part("chat", loader.parts[0].train, loader.parts[0].train)
+    batch = Loader(Data([part], None, ""), masked, 8, 3, prefix=True).batch(1)  # type: ignore[arg-type]
+    assert batch.prefix is not None and len(batch.given) == 5
+    assert sorted(batch.tokens[batch.prefix].tolist()) == ids[1:10].tolist()
+    [validation] = validation_batches(part.val, 100, 1, None, True, True)
+    assert validation.prefix is not None and validation.prefix[0].nonzero()[:, 0].tolist() == list(range(1, 10))
+
 
 # Opening
 

@@ -2,20 +2,25 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import MemorySplit
 
 from gpt.data import Data, Part
 from gpt.evaluate import EvalConfig, Evaluation, evaluate, evaluated, limits, views
 from gpt.loss import NextToken
 from gpt.model import GPT
-from gpt.shards import TokenSet
+from gpt.shards import Span, TokenSet
 
 Build = Callable[..., GPT]
 Split = Callable[..., TokenSet]
+LETTERS: Any = SimpleNamespace(byte_lengths=np.arange(64))  # a tokenizer: token n stands for n bytes
 LENGTHS = (9, 1, 20, 14)  # 44 tokens: ids below the small models' vocabulary of 64
 
 
@@ -30,7 +35,14 @@ def scored(
 ) -> Evaluation:
     config = EvalConfig(tokens=max_tokens)
     return evaluate(
-        NextToken(model), {"text": tokens}, config, seq_len=seq_len, batch_rows=batch_rows, device="cpu", dtype=dtype
+        NextToken(model),
+        {"text": tokens},
+        config,
+        LETTERS,
+        seq_len=seq_len,
+        batch_rows=batch_rows,
+        device="cpu",
+        dtype=dtype,
     )
 
 
@@ -92,7 +104,9 @@ def test_an_evaluation_is_without_dropout_and_leaves_the_mode_as_found(
 ) -> None:
     model, tokens = build(dropout=0.5).train(training), split(*LENGTHS)
     objective = NextToken(model).train(training)
-    score = evaluate(objective, {"text": tokens}, EvalConfig(), seq_len=8, batch_rows=2, device="cpu", dtype="float32")
+    score = evaluate(
+        objective, {"text": tokens}, EvalConfig(), LETTERS, seq_len=8, batch_rows=2, device="cpu", dtype="float32"
+    )
     assert score == scored(build(), tokens, batch_rows=2)
     assert all(module.training is training for module in objective.modules())
 
@@ -111,8 +125,8 @@ def test_sources_add_up_to_the_whole(build: Build, split: Split) -> None:
     model, parts = build(), {"a": split(9, 1), "b": split(20), "c": split(14, 3, 8)}
     every = EvalConfig()
     at = {"seq_len": 8, "batch_rows": 3, "device": "cpu", "dtype": "float32"}
-    whole = evaluate(NextToken(model), parts, every, **at)
-    alone = {name: evaluate(NextToken(model), {name: tokens}, every, **at) for name, tokens in parts.items()}
+    whole = evaluate(NextToken(model), parts, every, LETTERS, **at)
+    alone = {name: evaluate(NextToken(model), {name: tokens}, every, LETTERS, **at) for name, tokens in parts.items()}
     assert whole.sources == {name: score.val_bpb for name, score in alone.items()}
     n_bytes = {name: tokens.n_bytes for name, tokens in parts.items()}
     n_tokens = {name: tokens.n_tokens for name, tokens in parts.items()}
@@ -152,9 +166,37 @@ def test_documents_are_scored_alone_where_the_mask_says_so(build: Build, split: 
     """In a window the second document does not see the first."""
     model, tokens = build(), split(5, 3)
     at = {"seq_len": 8, "batch_rows": 1, "device": "cpu", "dtype": "float32"}
-    ours = evaluate(NextToken(model), {"text": tokens}, EvalConfig(), **at, document_mask=True)
+    ours = evaluate(NextToken(model), {"text": tokens}, EvalConfig(), LETTERS, **at, document_mask=True)
     ids = tokens.read(0, 8).tolist()
     alone = [slowly(model, part, 8, 10 * len(part)) for part in (ids[:5], ids[5:])]
     assert ours.val_loss == pytest.approx(sum(s.val_loss * n for s, n in zip(alone, (5, 3), strict=True)) / 8, rel=1e-6)
-    unmasked = evaluate(NextToken(model), {"text": tokens}, EvalConfig(), **at)
+    unmasked = evaluate(NextToken(model), {"text": tokens}, EvalConfig(), LETTERS, **at)
     assert abs(unmasked.val_loss - ours.val_loss) > 1e-3
+
+
+@torch.inference_mode()
+def test_where_only_a_part_is_learned_its_own_bytes_count(build: Build, split: Split) -> None:
+    @dataclass(frozen=True)
+    class Prompted(MemorySplit):
+        """Tokens 3 .. 8 are learned."""
+
+        has_spans: bool = True
+
+        def spans(self, start: int, count: int) -> list[Span]:
+            return [Span(3, 9, "train")]
+
+    model, tokens = build(), Prompted((9, 5))
+    score = evaluate(
+        NextToken(model),
+        {"text": tokens},
+        EvalConfig(),
+        LETTERS,
+        seq_len=14,
+        batch_rows=1,
+        device="cpu",
+        dtype="float32",
+    )
+    log_p = model(torch.tensor(tokens.ids[None]))[0].log_softmax(dim=-1)
+    nats = -sum(float(log_p[at - 1, tokens.ids[at]]) for at in range(3, 9))
+    assert score.val_loss == pytest.approx(nats / 6, rel=1e-5)
+    assert score.val_bpb == pytest.approx(nats / math.log(2) / sum(range(4, 10)), rel=1e-5)

@@ -60,6 +60,9 @@ class Source(Settings):
     ids: str | None = Field(
         None, description="the field that holds a list of token ids; its text is the numbers (for kind: ids)"
     )
+    prompt: str | None = Field(
+        None, description="the field that holds a prompt: it stands before the text, and only the text is learned"
+    )
     separator: str | None = Field(
         None, description="what stands between documents in a text file; null: a file is a document"
     )
@@ -93,8 +96,11 @@ class Source(Settings):
         ways = [name for name in ("field", "template", "ids") if getattr(self, name) is not None]
         if len(ways) > 1:
             raise ValueError(f"an input has one of {' and '.join(ways)}, not both")
+        ways += ["prompt"] if self.prompt is not None else []
         if ways and self.separator is not None:
             raise ValueError(f"an input has {ways[0]} (records) or a separator (text), not both")
+        if self.prompt is not None and (self.ids is not None or self.begins is not None):
+            raise ValueError(f"a prompt goes with text of one record, not with {'ids' if self.ids else 'begins'}")
         if self.separator == "":
             raise ValueError("separator must not be empty")
         if self.template is not None:
@@ -154,7 +160,10 @@ class File:
 
 
 class Document(NamedTuple):
-    """A document's text and where it stands: bytes start .. end - 1 of a direct file, else records start .. end - 1."""
+    """A document's text and where it stands: bytes start .. end - 1 of a direct file, else records start .. end - 1.
+
+    A prompt ends with fields.BORDER, where the source has prompts.
+    """
 
     text: str
     digest: bytes  # sha256 of the text's UTF-8
@@ -184,7 +193,7 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
         return [file(fetch.fetch(source.url, source.sha256, downloads, say), source.url, explicit=True)]
     if source.hub is not None:
         chosen = hub.choose(source.hub, source.config, source.split, source.data_files)
-        columns = fields.columns(source.field, source.template, source.ids)
+        columns = fields.columns(source.field, source.template, source.ids, source.prompt)
         found = hub.stream(chosen, columns, spool, say) if source.streaming else hub.download(chosen, say)
         return [file(path, label, explicit=False) for path, label in found]
     if source.python is not None:
@@ -229,7 +238,7 @@ def _form(source: Source, label: str, name: str) -> Form:
 
 
 def _has_fields(source: Source) -> bool:
-    return source.field is not None or source.template is not None or source.ids is not None
+    return any(getattr(source, way) is not None for way in ("field", "template", "ids", "prompt"))
 
 
 def _copied(stream: BinaryIO, path: Path) -> Path:
@@ -378,6 +387,7 @@ def _read(
     records, take = _records(stream, source, kind, start, end), _taker(source, kind)
     shortest, longest, nfc = source.min_chars, source.max_chars, source.normalize == "nfc"
     whole, sha256, number = end is None and source.begins is None, hashlib.sha256, 0
+    n_border = 0 if source.prompt is None else len(fields.BORDER)  # which is no text
     if source.begins is not None:
         records, take = _joined(records, take, re.compile(source.begins).match)
     for at, after, value in records:
@@ -404,7 +414,7 @@ def _read(
         elif longest is not None and n_chars > longest:
             counts["too long"] += 1
         else:
-            yield Document(text, sha256(utf8).digest(), n_bytes, at, after)
+            yield Document(text, sha256(utf8).digest(), n_bytes - n_border, at, after)
 
 
 def _records(stream: io.BufferedReader, source: Source, kind: formats.Kind, start: int, end: int | None) -> Records:
@@ -413,7 +423,7 @@ def _records(stream: io.BufferedReader, source: Source, kind: formats.Kind, star
     if kind == "text":
         separator = (source.separator or "").encode()
         return formats.spans(stream, separator, start, end) if separator else formats.pieces(stream, start, end)
-    columns = fields.columns(source.field, source.template, source.ids)
+    columns = fields.columns(source.field, source.template, source.ids, source.prompt)
     if kind == "parquet":
         return _guarded(formats.parquet_rows(stream, columns))
     if kind == "json":
@@ -489,7 +499,7 @@ def _explained(error: Exception, kind: formats.Kind, at: int) -> str:
 
 def _taker(source: Source, kind: formats.Kind) -> Take:
     """What makes a record's text of it; None of a blank line. It raises BadRecord or UnicodeError."""
-    pick = fields.picker(source.field, source.template, source.ids)
+    pick = fields.picker(source.field, source.template, source.ids, source.prompt)
 
     def plain(value: bytes | BadRecord) -> str:
         if isinstance(value, BadRecord):

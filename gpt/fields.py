@@ -9,10 +9,16 @@ from typing import Any
 from gpt.formats import BadRecord, no_field
 
 DEFAULT_FIELD = "text"
+BORDER = "\x1e"  # a record separator: between a prompt and what is learned behind it
 
 
-def picker(field: str | None, template: str | None, ids: str | None) -> Callable[[Any], str]:
-    """What makes a text of an object with fields; at most one way is named. It raises BadRecord."""
+def picker(field: str | None, template: str | None, ids: str | None, prompt: str | None = None) -> Callable[[Any], str]:
+    """What makes a text of an object with fields; at most one of the first three ways is named. It raises BadRecord.
+
+    With `prompt` the text of that field and BORDER stand before it; then neither may hold BORDER.
+    """
+    if prompt is not None:
+        return _prompted(prompt, picker(field, template, ids))
     if template is not None:
         parts = template_keys(template)
         return lambda record: "".join(
@@ -31,6 +37,23 @@ def picker(field: str | None, template: str | None, ids: str | None) -> Callable
         return _as_text(_value(record, name), name, numbers=False)
 
     return pick
+
+
+def _prompted(prompt: str, learned: Callable[[Any], str]) -> Callable[[Any], str]:
+    """A text of two parts; nothing where nothing would be learned."""
+
+    def pick(record: Any) -> str:
+        parts = _as_text(_value(record, prompt), prompt, numbers=False), learned(record)
+        if any(BORDER in part for part in parts):
+            raise BadRecord("the character U+001E, which marks here where a prompt ends; take it out of the text")
+        return BORDER.join(parts) if parts[1] else ""
+
+    return pick
+
+
+def segments(text: str) -> list[tuple[str, bool]]:
+    """(text, whether it is learned) of the parts of a text with BORDER: prompt and answer, and again."""
+    return [(part, i % 2 == 1) for i, part in enumerate(text.split(BORDER))]
 
 
 def _value(record: Any, field: str) -> Any:
@@ -90,8 +113,10 @@ def template_keys(template: str) -> list[tuple[str, str | None]]:
     return [(literal, key) for literal, key, _, _ in parts]
 
 
-def columns(field: str | None, template: str | None, ids: str | None) -> frozenset[str]:
+def columns(field: str | None, template: str | None, ids: str | None, prompt: str | None = None) -> frozenset[str]:
     """The fields that a text is made of."""
+    if prompt is not None:
+        return columns(field, template, ids) | {prompt}
     if template is not None:
         return frozenset(key for _, key in template_keys(template) if key is not None)
     return frozenset({ids or field or DEFAULT_FIELD})

@@ -200,6 +200,8 @@ def _check_ids(settings: PrepareConfig) -> Callable[[str, str], None]:
 def _split(settings: PrepareConfig, found: Survey, bytes_per_token: float | None = None) -> Split:
     """Where the held-out text lies. At most val_tokens of it, once `bytes_per_token` is known."""
     asked = settings.split if settings.validation is None else "given"
+    if asked == "auto" and any(source.prompt for source in settings.input):
+        asked = "hash"  # what has a prompt must stay whole
     most = None if bytes_per_token is None else settings.val_tokens * bytes_per_token
     return scan.choose_split(found, asked=asked, fraction=settings.val_fraction, most_bytes=most)
 

@@ -88,6 +88,8 @@ class PrepareConfig(Settings):
             raise ValueError(
                 "grow and add_tokens are two ways to add to a vocabulary: use one, then the other on its data set"
             )
+        if self.split == "tail" and any(source.prompt for source in self.input):
+            raise ValueError("split tail cuts documents, and what has a prompt must stay whole; set split=hash")
         if self.kind == "ids" and self.vocab_size is None and self.tokenizer is None:
             raise ValueError("kind ids needs vocab_size: how many ids there are, 0 to vocab_size - 1")
         if self.kind == "bpe" and self.vocab_size is not None and self.vocab_size < tokenizers.MIN_VOCAB_SIZE:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
-from gpt import corpus, signals
+from gpt import corpus, fields, signals
 from gpt.corpus import BadRecord
 from gpt.table import GIVEN, Input, Table, Writer, texts, values
 
@@ -33,13 +33,17 @@ VAL = GIVEN.index("val")
 
 
 class Part(NamedTuple):
-    """Text of a document in one split, its raw UTF-8 bytes, its source's number, whether it is the first of it."""
+    """Text of a document in one split, its raw UTF-8 bytes, its source's number, whether it is the first of it.
+
+    `prompted`: fields.BORDER parts it into what is only read and what is learned.
+    """
 
     split: str
     text: str
     n_bytes: int
     source: int
     begins: bool
+    prompted: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class Split:
     fraction: float  # tail: of each document's characters
     threshold: int  # hash: documents whose value is below are held out
 
-    def parts(self, given: str | None, text: str, n_bytes: int, value: int, source: int) -> Iterator[Part]:
+    def parts(
+        self, given: str | None, text: str, n_bytes: int, value: int, source: int, prompted: bool
+    ) -> Iterator[Part]:
         """The parts of a document that have any text. `n_bytes` may count other bytes than the text's, if normalized."""
         if self.mode == "given":
-            yield Part(given or "train", text, n_bytes, source, True)
+            yield Part(given or "train", text, n_bytes, source, True, prompted)
         elif self.mode == "hash":
-            yield Part("val" if value < self.threshold else "train", text, n_bytes, source, True)
+            yield Part("val" if value < self.threshold else "train", text, n_bytes, source, True, prompted)
         else:
             cut = self.cut(len(text))
             n_held_out = min(n_bytes, len(text[cut:].encode())) if cut else n_bytes
@@ -207,12 +213,12 @@ def parts(inputs: Sequence[Input], work: Path, chunk: Chunk, split: Split, *, sk
     rows = Table(work).read(chunk.first, chunk.last)
     found = zip(
         texts(inputs, work, rows, skip_bad=skip_bad),
-        values(rows, "dropped", "given", "n_bytes", "value", "source"),
+        values(rows, "dropped", "given", "n_bytes", "value", "source", "file"),
         strict=True,
     )
-    for text, (dropped, given, n_bytes, value, source) in found:
+    for text, (dropped, given, n_bytes, value, source, file) in found:
         if not dropped:
-            yield from split.parts(GIVEN[given], text, n_bytes, value, source)
+            yield from split.parts(GIVEN[given], text, n_bytes, value, source, inputs[file].prompted)
 
 
 # The tokenizer's sample
@@ -321,6 +327,8 @@ class Sample:
                 signals.check()
                 if self._split.mode == "tail":
                     text = text[: self._split.cut(len(text))]
+                elif self._inputs[int(run[i - first]["file"])].prompted:
+                    text = text.replace(fields.BORDER, "")
                 for number in self._number[bounds[i] : bounds[i + 1]].tolist():
                     yield text[number * PIECE_CHARACTERS : (number + 1) * PIECE_CHARACTERS]
             first += n

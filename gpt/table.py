@@ -47,6 +47,11 @@ class Input:
     source: int
     given: str | None
 
+    @property
+    def prompted(self) -> bool:
+        """Whether its documents have prompts."""
+        return self.file.source.prompt is not None
+
 
 class Changed(ValueError):
     """Text is not what it was when the corpus was scanned."""

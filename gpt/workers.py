@@ -24,8 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from gpt import durable, signals
 from gpt.census import say
 from gpt.encode import Encoder
+from gpt.fields import segments
 from gpt.scan import SPLITS, Chunk, Part, Split, parts
-from gpt.shards import DOCUMENT, SPAN, ShardEntry, token_dtype, write_arrays
+from gpt.shards import DOCUMENT, SPAN, SPAN_KINDS, ShardEntry, Span, token_dtype, write_arrays
 from gpt.table import Input
 from gpt.tokenizer import Tokenizer
 
@@ -128,23 +129,26 @@ class _Shard:
         self._start = np.array([start_id], dtype)
         self._ids: list[np.ndarray] = []
         self._index: list[np.ndarray] = []
+        self._spans: list[tuple[int, int, int]] = []
         self.n_tokens = self.n_bytes = 0
 
-    def add(self, parts: Sequence[Part], encoded: Sequence[np.ndarray]) -> None:
-        """Append texts, each with a start token in front of its ids."""
+    def add(self, parts: Sequence[Part], encoded: Sequence[np.ndarray], spans: Sequence[Sequence[Span]]) -> None:
+        """Append texts, each with a start token in front of its ids; `spans` are of ids and start token, if any."""
         lengths = np.array([1 + len(ids) for ids in encoded])
         index = np.empty(len(parts), DOCUMENT)
         index["start"] = self.n_tokens + np.cumsum(lengths) - lengths
         index["n_bytes"] = [part.n_bytes for part in parts]
         index["source"] = [part.source for part in parts]
         self._index.append(index)
+        for start, some in zip(index["start"].tolist(), spans, strict=False):
+            self._spans += [(start + span.start, start + span.end, SPAN_KINDS.index(span.kind)) for span in some]
         self._ids.append(np.concatenate([array for ids in encoded for array in (self._start, ids)]))
         self.n_tokens += int(lengths.sum())
         self.n_bytes += sum(part.n_bytes for part in parts)
 
     def write(self, job: Job, name: str, tokenizer: Tokenizer) -> ShardEntry:
         """Write the shard into the data set."""
-        arrays = self._ids, np.concatenate(self._index), np.empty(0, SPAN), self.n_bytes
+        arrays = self._ids, np.concatenate(self._index), np.array(self._spans, SPAN), self.n_bytes
         folder = Folder(job.finished)
         return write_arrays(folder, name, *arrays, vocab_size=tokenizer.size, tokenizer_sha256=tokenizer.sha256)
 
@@ -152,12 +156,13 @@ class _Shard:
 def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, advance: Callable[[int], None]) -> None:
     """Write the shards of a chunk and, when they stand, its record. table.Changed if the text is not what was scanned."""
     shards = {split: _Shard(tokenizer.start_id, token_dtype(tokenizer.size)) for split in SPLITS}
+    marked = any(item.prompted for item in job.inputs)
     n_documents = n_ids = 0
     for batch in _batches(parts(job.inputs, job.work, job.chunks[number], job.split, skip_bad=job.skip_bad)):
-        encoded = encoder.encode([part.text for part in batch])
+        encoded, spans = _encoded(encoder, batch) if marked else (encoder.encode([part.text for part in batch]), [])
         for split, shard in shards.items():
             if own := [i for i, part in enumerate(batch) if part.split == split]:
-                shard.add([batch[i] for i in own], [encoded[i] for i in own])
+                shard.add([batch[i] for i in own], [encoded[i] for i in own], [spans[i] for i in own] if marked else [])
         n_documents += sum(part.begins for part in batch)
         n_ids += sum(map(len, encoded))
         advance(sum(part.n_bytes for part in batch))
@@ -165,6 +170,25 @@ def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, 
     entries = {split: shard.write(job, f"{split}-{number:05d}.tok", tokenizer) for split, shard in filled.items()}
     made = Made(n_documents, n_ids, encoder.how, entries)
     durable.write_file(job.record(number), json.dumps(asdict(made)).encode())
+
+
+def _encoded(encoder: Encoder, batch: Sequence[Part]) -> tuple[list[np.ndarray], list[list[Span]]]:
+    """The ids of each text, prompts and answers encoded apart, and what of them is learned, start tokens included."""
+    parts = [segments(part.text) if part.prompted else [(part.text, True)] for part in batch]
+    each = iter(encoder.encode([text for some in parts for text, _ in some]))
+    encoded, spans = [], []
+    for some in parts:
+        ids = [next(each) for _ in some]
+        own, end = [Span(0, 1, "train")], 1  # the start token, which says that the document before it is over
+        for (_, learned), piece in zip(some, ids, strict=True):
+            if not learned:
+                own.append(Span(end if end > 1 else 0, end + len(piece), "prefix"))
+            elif len(piece):
+                own.append(Span(end, end + len(piece), "train"))
+            end += len(piece)
+        encoded.append(np.concatenate(ids))
+        spans.append(sorted(own))
+    return encoded, spans
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:

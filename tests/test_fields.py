@@ -88,3 +88,19 @@ def test_a_template_is_refused_unless_it_names_plain_fields(template: str) -> No
 def test_a_template_reaches_no_attribute() -> None:
     with pytest.raises(BadRecord, match=r"no field 'text\.__class__'"):
         fields.picker(None, "{text.__class__}", None)({"text": "x"})
+
+
+def test_a_prompt_stands_before_the_text_and_only_the_text_is_learned() -> None:
+    pick = fields.picker("answer", None, None, "question")
+    text = pick({"question": "1 + 1 = ", "answer": "2"})
+    assert fields.segments(text) == [("1 + 1 = ", False), ("2", True)]
+    assert fields.segments(pick({"question": "", "answer": "2"})) == [("", False), ("2", True)]
+    assert pick({"question": "why?", "answer": ""}) == "", "nothing to learn is an empty document"
+    assert fields.columns("answer", None, None, "question") == {"answer", "question"}
+    template = fields.picker(None, "{a}, {b}", None, "q")
+    assert fields.segments(template({"a": "x", "b": 3, "q": ["u", "v"]})) == [("u\nv", False), ("x, 3", True)]
+    for record in ({"question": "a\x1eb", "answer": "2"}, {"question": "a", "answer": "\x1e"}):
+        with pytest.raises(BadRecord, match=r"U\+001E"):
+            pick(record)
+    with pytest.raises(BadRecord, match="'question'"):
+        pick({"answer": "2"})

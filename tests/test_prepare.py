@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from faults import Unsynced
 from rich.console import Console
 
 from gpt import config, corpus, durable, prepare, scan, signals, workers
+from gpt.corpus import Source
 from gpt.encode import Encoder
 from gpt.prepare import PrepareConfig, Report
 from gpt.shards import TokenSet
@@ -848,3 +850,41 @@ def test_real_corpora_have_one_manifest_whatever_happens_to_them(tmp_path: Path)
     )
     files = one_set_whatever_happens(tmp_path / "mixed.yaml", kills=20)
     assert len([name for name in files if name.startswith("train")]) > 4
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_prompts_are_marked_and_only_what_follows_them_is_learned(text: Path, tmp_path: Path, packing: str) -> None:
+    """Beside text without prompts, which is learned whole; read from its place and from the spool."""
+    opened = gzip.open if packing else open
+    rows = [(f"Q{i}: é? ", f"answer {i}") for i in range(60)] + [("nothing follows", "")]
+    with opened(path := tmp_path / f"pairs.jsonl{packing}", "wt") as file:
+        file.writelines(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows)
+    pairs = Source(path=str(path), prompt="question", field="answer")
+    report = run(
+        settings(text, vocab_size=300).model_copy(update={"input": (pairs, Source(path=str(text)))}), tmp_path / "set"
+    )
+    assert "1 documents were empty and left out" in report.notes
+    found, tokenizer = dict[str, str](), Tokenizer.load(tmp_path / "set")
+    n_plain = 0
+    for split in ("train", "val"):
+        tokens = TokenSet(tmp_path / "set", split)
+        bounds = [*tokens.document_starts.tolist(), tokens.n_tokens]
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+            spans = [(s.start - start, s.end - start, s.kind) for s in tokens.spans(start, end - start)]
+            if tokens.sources[tokens.document_sources[i]] != pairs.label:
+                assert spans == [(0, 1, "train"), (1, end - start, "train")]
+                n_plain += 1
+                continue
+            _, prefix, learned = sorted(spans, key=lambda span: span[1])
+            assert prefix == (0, learned[0], "prefix") and learned[1:] == (end - start, "train")
+            ids = tokens.read(start, end - start).tolist()
+            question, answer = ids[1 : learned[0]], ids[learned[0] :]
+            assert (question, answer) == (
+                tokenizer.encode(tokenizer.decode(question)),
+                tokenizer.encode(tokenizer.decode(answer)),
+            )
+            found[tokenizer.decode(question)] = tokenizer.decode(answer)
+            assert tokens.document_bytes[i] == len(tokenizer.decode(ids).encode())
+    assert found == dict(rows[:60]) and n_plain == 130
+    with pytest.raises(ValueError, match="split=hash"):
+        settings_of([f"input=[{{path: {path}, prompt: question, field: answer}}]", "split=tail"])

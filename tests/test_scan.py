@@ -46,7 +46,7 @@ def draw(inputs: list[Input], work: Path, n_bytes: int, split: Split = WHOLE, se
 def test_the_parts_of_a_document_hold_its_text_and_its_bytes_once() -> None:
     for text, n_bytes in (("some text here é床", 30), ("x", 1), ("é", 3), ("ab", 9)):  # raw bytes, before composition
         for split in (Split("tail", 0.1, 0), Split("tail", 0.9, 0), Split("hash", 0, 5), WHOLE):
-            parts = list(split.parts(None, text, n_bytes, 4, 2))
+            parts = list(split.parts(None, text, n_bytes, 4, 2, False))
             assert "".join(part.text for part in parts) == text
             assert sum(part.n_bytes for part in parts) == n_bytes
             assert [part.begins for part in parts] == [True, False][: len(parts)]

@@ -228,7 +228,8 @@ class Packed:
     def __init__(self, tokens: Tokens, seq_len: int, seed: int) -> None:
         starts = tokens.document_starts
         lengths = np.diff(starts, append=tokens.n_tokens)
-        self.plan = packing.plan(starts, lengths, seq_len)
+        # What is only partly learned stays whole: an answer without its prompt teaches nothing.
+        self.plan = packing.plan(starts, lengths, seq_len, cut=not tokens.has_spans)
         self.seed, self.n_rows = seed, self.plan.n_rows
 
     def pieces(self, ordinals: np.ndarray) -> Pieces:

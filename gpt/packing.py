@@ -92,11 +92,12 @@ class Plan:
         return row, start, length
 
 
-def plan(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
+def plan(starts: np.ndarray, lengths: np.ndarray, seq_len: int, *, cut: bool = True) -> Plan:
     """Pack documents of `lengths` tokens that begin at `starts` into rows of `seq_len`: best fit, longest first.
 
     A gap that no remaining piece fits is filled by cutting the longest one, unless it is negligible; so all rows but
-    the last are full. Depends on nothing but its arguments.
+    the last are full. Without `cut` it stays, and only what is longer than a row is cut. Depends on nothing but its
+    arguments.
     """
     full, rest = np.divmod(lengths, seq_len)
     n_full = int(full.sum())
@@ -106,7 +107,7 @@ def plan(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> Plan:
     ends = starts + lengths
     sorted_starts = (ends - rest)[short][by_length]
     counts = np.bincount(narrow, minlength=seq_len + 1)
-    patterns, cuts = _patterns(counts, seq_len)
+    patterns, cuts = _patterns(counts, seq_len, seq_len // GAP if cut else seq_len)
     if n_full:
         patterns.insert(0, (Counter({seq_len: 1}), n_full))
     pools = _cut(sorted_starts, counts, cuts)
@@ -137,11 +138,10 @@ Patterns = list[tuple[Counter[int], int]]  # (how many pieces of each length, ho
 Cuts = list[tuple[int, int, int]]  # (length, tokens cut off its front, how many pieces)
 
 
-def _patterns(counts: np.ndarray, seq_len: int) -> tuple[Patterns, Cuts]:
-    """Rows for `counts[n]` pieces of n tokens, and the cuts that they need, in order."""
+def _patterns(counts: np.ndarray, seq_len: int, tolerance: int) -> tuple[Patterns, Cuts]:
+    """Rows for `counts[n]` pieces of n tokens, and the cuts that fill gaps above `tolerance` tokens, in order."""
     left = {int(n): int(counts[n]) for n in np.flatnonzero(counts)}
     lengths = sorted(left)  # those with pieces left
-    tolerance = seq_len // GAP
     patterns: Patterns = []
     cuts: Cuts = []
 

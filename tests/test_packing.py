@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from gpt.packing import GAP, Plan, permute, plan
 
 
-def planned(lengths: list[int], seq_len: int) -> Plan:
+def planned(lengths: list[int], seq_len: int, *, cut: bool = True) -> Plan:
     array = np.array(lengths, dtype=np.int64)
-    return plan(np.cumsum(array) - array, array, seq_len)
+    return plan(np.cumsum(array) - array, array, seq_len, cut=cut)
 
 
 def rows(found: Plan, seed: int = 1, epoch: int = 0) -> list[list[tuple[int, int]]]:
@@ -146,3 +146,19 @@ def test_millions_of_empty_documents_are_one_pattern() -> None:
     row, start, _ = found.pieces(np.arange(found.n_rows), 1, 1)
     assert np.array_equal(np.sort(start), np.arange(1_000_000))
     assert np.bincount(row).max() == 256
+
+
+@given(lengths=corpora, seq_len=st.integers(1, 60), seed=st.integers(0, 9))
+def test_without_cuts_a_document_that_fits_a_row_is_a_piece(lengths: list[int], seq_len: int, seed: int) -> None:
+    found = planned(lengths, seq_len, cut=False)
+    assert found.n_cut == 0
+    pieces = [piece for row in rows(found, seed) for piece in row]
+    starts = np.cumsum(lengths) - lengths
+    expected = []
+    for start, length in zip(starts.tolist(), lengths, strict=True):
+        n_full, rest = divmod(length, seq_len)
+        expected += [(start + i * seq_len, seq_len) for i in range(n_full)] + [(start + n_full * seq_len, rest)] * bool(
+            rest
+        )
+    assert sorted(pieces) == sorted(expected)
+    assert all(sum(n for _, n in row) <= seq_len for row in rows(found, seed))

@@ -223,11 +223,14 @@ class Stream:
 
 
 class Packed:
-    """Rows made of documents by a packing plan; each epoch gives every document other neighbours."""
+    """Rows made of documents (of those in the first `end` tokens) by a packing plan; each epoch gives every document
+    other neighbours."""
 
-    def __init__(self, tokens: Tokens, seq_len: int, seed: int) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int, end: int | None = None) -> None:
+        n_tokens = tokens.n_tokens if end is None else end
         starts = tokens.document_starts
-        lengths = np.diff(starts, append=tokens.n_tokens)
+        starts = starts[: np.searchsorted(starts, n_tokens)]
+        lengths = np.diff(starts, append=n_tokens)
         # What is only partly learned stays whole: an answer without its prompt teaches nothing.
         self.plan = packing.plan(starts, lengths, seq_len, cut=not tokens.has_spans)
         self.seed, self.n_rows = seed, self.plan.n_rows
@@ -496,17 +499,23 @@ def validation_batches(
     document_mask: bool = False,
     prefix: bool = False,
 ) -> Iterator[Batch]:
-    """Every target of the split once, in order, in windows that do not overlap; the tail is kept.
+    """Every target of the split once, in order, in windows that do not overlap; the tail is kept. Documents with prompts
+    are packed whole instead.
 
     With `max_tokens` the first whole documents that reach it (all if they do not), read as a circle of their own.
     """
     end = evaluated_tokens(tokens, max_tokens)
+    packed = Packed(tokens, seq_len, 0, end) if tokens.has_spans else None
     starts = np.arange(0, end, seq_len)
-    for i in range(0, len(starts), batch_rows):
-        part = starts[i : i + batch_rows]
-        rows = np.arange(len(part))
-        pieces = Pieces(rows, np.zeros_like(rows), part, np.minimum(seq_len, end - part))
-        yield read([(tokens, pieces)], len(part), seq_len, document_mask, end, prefix)
+    n_rows = len(starts) if packed is None else packed.n_rows
+    for i in range(0, n_rows, batch_rows):
+        rows = np.arange(i, min(i + batch_rows, n_rows))
+        if packed is None:
+            part = starts[rows]
+            pieces = Pieces(rows - i, np.zeros_like(rows), part, np.minimum(seq_len, end - part))
+        else:
+            pieces = packed.pieces(rows)
+        yield read([(tokens, pieces)], len(rows), seq_len, document_mask, end, prefix)
 
 
 def evaluated_tokens(tokens: Tokens, max_tokens: int | None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import MemorySplit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -436,8 +437,26 @@ def test_only_what_train_spans_cover_is_learned(tmp_path: Path) -> None:
     batch = Loader(Data([part], None, ""), masked, 8, 3, prefix=True).batch(1)  # type: ignore[arg-type]
     assert batch.prefix is not None and len(batch.given) == 5
     assert sorted(batch.tokens[batch.prefix].tolist()) == ids[1:10].tolist()
-    [validation] = validation_batches(part.val, 100, 1, None, True, True)
+    [validation] = validation_batches(part.val, 110, 1, None, True, True)
     assert validation.prefix is not None and validation.prefix[0].nonzero()[:, 0].tolist() == list(range(1, 10))
+
+
+def test_documents_with_prompts_are_evaluated_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = MemorySplit([9, 5, 30, 7, 3, 12])
+    monkeypatch.setattr(MemorySplit, "spans", lambda self, start, count: [Span(start, start + count, "train")])
+    object.__setattr__(tokens, "has_spans", True)
+    for max_tokens, n in ((None, 6), (40, 3)):
+        batches = list(validation_batches(tokens, 16, 2, max_tokens, True, True))
+        seen: list[int] = []
+        for row, targets, documents in (
+            each for b in batches for each in zip(b.tokens, b.targets, b.doc_ids, strict=True)
+        ):  # type: ignore[arg-type]
+            for number in documents.unique():
+                own = row[(documents == number) & (targets != IGNORED)].tolist()
+                if own:
+                    assert own == tokens.ids[tokens.ids.tolist().index(own[-1]) - len(own) + 1 :][: len(own)].tolist()
+                    seen.append(len(own))
+        assert sorted(seen) == sorted([9, 5, 16, 14, 7, 3, 11] if n == 6 else [9, 5, 16, 14])
 
 
 # Opening

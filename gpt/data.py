@@ -6,6 +6,7 @@ exactly once an epoch, and each epoch permutes the rows anew. A mixture deals ro
 part has epochs of its own. Nothing is kept between calls: the loader's state is the step.
 """
 
+import atexit
 import hashlib
 import threading
 from collections.abc import Generator, Iterator
@@ -455,7 +456,7 @@ def _documents(parts: list[tuple[Tokens, Pieces]], n_rows: int, seq_len: int) ->
 def prefetched(loader: Loader, first: int, last: int, pin: bool = False) -> Generator[Batch, None, None]:
     """loader.batch(first) .. loader.batch(last), read ahead by a thread; `pin` where there is CUDA to copy to.
 
-    An error of the thread is raised here. The thread ends with the iterator, however that ends.
+    An error of the thread is raised here. The thread ends with the iterator, however that ends, or with the program.
     """
     ready: SimpleQueue[list[Batch] | BaseException | None] = SimpleQueue()
     free: SimpleQueue[None] = SimpleQueue()
@@ -472,10 +473,16 @@ def prefetched(loader: Loader, first: int, last: int, pin: bool = False) -> Gene
         except BaseException as error:
             ready.put(error)
 
+    def end() -> None:
+        stop.set()
+        free.put(None)
+        thread.join()
+
     for _ in range(WAITING):
         free.put(None)
-    thread = threading.Thread(target=work, name="batches", daemon=True)  # at exit nobody waits for it
+    thread = threading.Thread(target=work, name="batches", daemon=True)  # or nothing would be run at exit
     thread.start()
+    atexit.register(end)  # an interpreter that ends while a thread is in native code aborts
     try:
         while (portion := ready.get()) is not None:
             if isinstance(portion, BaseException):
@@ -483,9 +490,8 @@ def prefetched(loader: Loader, first: int, last: int, pin: bool = False) -> Gene
             free.put(None)
             yield from portion
     finally:
-        stop.set()
-        free.put(None)
-        thread.join()
+        end()
+        atexit.unregister(end)
 
 
 # Validation

@@ -62,7 +62,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("source", help="a run, RUN@STEP|best|last, a checkpoint or a Hugging Face model directory")
+    parser.add_argument(
+        "source", help="a run, RUN@STEP|best|last, a checkpoint, a Hugging Face model directory or hub:ORG/NAME"
+    )
     parser.add_argument("--prompt", action="append", help="text to continue; several make one batch")
     parser.add_argument("--prompt-file", metavar="PATH", help="file with the text to continue; '-' is stdin")
     for name, (parse, default, text) in OPTIONS.items():
@@ -167,9 +169,9 @@ def record(tokenizer: "Tokenizer", prompt: str, events: "list[Event]", seed: int
 
 def talk(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
     """A conversation from stdin, a message a line; a line that begins with / is a command."""
-    from gpt.chat import Message, control_ids
+    from gpt.chat import Message, format_of
 
-    control_ids(tokenizer)  # refuses a tokenizer that cannot chat before anything is typed
+    note(f"chat format: {format_of(tokenizer).name}")  # one that is unknown is refused before anything is typed
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in a conversation Ctrl-C stops a reply, not the program
     terminal = sys.stdin.isatty()
     if terminal:
@@ -225,7 +227,7 @@ def answer(
     model: "GPT", tokenizer: "Tokenizer", asked: "list[Message]", messages: "list[Message]", args: argparse.Namespace
 ) -> None:
     """Stream a reply to `asked`, and keep both in the conversation; a message that does not fit changes nothing."""
-    from gpt.chat import Message, control_ids, drop_oldest, encode
+    from gpt.chat import Message, drop_oldest, encode, reply_ends
     from gpt.generate import complete
 
     context = model.config.max_seq_len or 0
@@ -233,12 +235,18 @@ def answer(
     if len(kept) < len(asked):
         note(f"(the oldest {len(asked) - len(kept)} messages no longer fit the context of {context} tokens: dropped)")
     said = ""
-    ends = {tokenizer.end_id, control_ids(tokenizer)[1]}
     prompt = encode(tokenizer, kept, reply=True).ids
     seed = args.seed + len(asked)  # another draw for each turn
     try:
         for event in complete(
-            model, tokenizer, [prompt], sampling(args), args.max_tokens, seed=seed, stop=args.stop, stop_ids=ends
+            model,
+            tokenizer,
+            [prompt],
+            sampling(args),
+            args.max_tokens,
+            seed=seed,
+            stop=args.stop,
+            stop_ids=reply_ends(tokenizer),
         ):
             said += event.text
             print(event.text, end="", flush=True)

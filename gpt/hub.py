@@ -1,7 +1,8 @@
-"""Data sets of the Hugging Face hub: which files a configuration and a split mean, and those files on this disk.
+"""The Hugging Face hub: which files a data set's configuration and split mean, or a model, and those files on this disk.
 
 The hub's own library finds, authorizes and downloads (HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are its settings);
-the files are read like any others. Nothing of a data set is run, so a data set that is only a script is refused.
+the files are read like any others. Nothing that comes from there is run: a data set that is only a script is refused, and of
+a model only what is read here is fetched.
 """
 
 import hashlib
@@ -9,8 +10,8 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +29,9 @@ SPLITS = {  # words in file names that mean a split, where the data set's card n
 SHARDED = re.compile(r"(?:.*/)?data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
 CLIENTS = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")  # packages whose errors are of the network
 SHOWN = 12  # names in an error
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BESIDE = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")  # of a model
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def parse(name: str) -> tuple[str, str | None]:
     """(ORG/NAME, revision) of ORG/NAME[@REVISION]; ValueError for anything else."""
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
-        raise ValueError(f"hub: {name!r} is no data set's name; expected ORG/NAME, as in roneneldan/TinyStories")
+        raise ValueError(f"hub: {name!r} is no repository's name; expected ORG/NAME, as in roneneldan/TinyStories")
     return repository, revision or None
 
 
@@ -189,6 +193,59 @@ def download(chosen: Chosen, say: Say) -> list[tuple[Path, str]]:
     return found
 
 
+def model(name: str) -> Path:
+    """The directory of a model of the hub in the hub's own cache, with the files that are read here and no others.
+
+    What is there already is not fetched again; without a network it is enough. ValueError in words.
+    """
+    repository, revision = parse(name)
+    with _in_words(name, "model"):
+        try:
+            info = huggingface_hub.HfApi().model_info(repository, revision=revision)
+        except Exception as error:
+            if not _unreachable(error):
+                raise
+            with suppress(huggingface_hub.errors.LocalEntryNotFoundError):
+                return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+            raise
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        if "config.json" not in names or not names & {SINGLE, INDEX}:
+            lacks = f"{SINGLE} (or its index)" if "config.json" in names else "config.json"
+            raise ValueError(
+                f"{name}: it has no {lacks}, and weights in other forms are not fetched: a pickle can run code when it is"
+                f" read; it has {_shown(sorted(names))}"
+            )
+
+        def fetch(file: str, revision: str | None) -> Path:
+            signals.check()
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+
+        directory = fetch(
+            "config.json", revision
+        ).parent  # by the name that was given, so that it is known offline, too
+        fixed = directory.name
+
+        vocabulary = VOCABULARIES[:1] if VOCABULARIES[0] in names else VOCABULARIES
+        ranks = sorted(file for file in names if "/" not in file and file.endswith(".tiktoken"))
+        for file in (*BESIDE, *vocabulary, *ranks):
+            if file in names:
+                fetch(file, fixed)
+        for file in [SINGLE] if SINGLE in names else _indexed(name, fetch(INDEX, fixed), names):
+            fetch(file, fixed)
+        return directory
+
+
+def _indexed(name: str, index: Path, names: Container[str]) -> list[str]:
+    """The files that an index of weights names, all of them safetensors of this repository."""
+    try:
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{name}: {INDEX} is no index of weights") from None
+    if strange := [file for file in files if file not in names or "/" in file or not file.endswith(".safetensors")]:
+        raise ValueError(f"{name}: {INDEX} names {strange[0]!r}, which is no safetensors file beside it")
+    return files
+
+
 def stream(chosen: Chosen, columns: frozenset[str], spool: Path, say: Say) -> list[tuple[Path, str]]:
     """(path, label) of a JSON lines file in `spool` for each file, which holds only the columns; made if it is not there.
 
@@ -253,7 +310,7 @@ def _records(raw: Any, form: formats.Form, columns: frozenset[str]) -> Iterator[
 
 
 @contextmanager
-def _in_words(name: str) -> Iterator[None]:
+def _in_words(name: str, kind: str = "data set") -> Iterator[None]:
     """Turns what the hub's library, and the client under it, raise into ValueErrors in words."""
     api = huggingface_hub.HfApi()  # which also loads what the next lines name: the library loads its parts when asked
     if not sys.stderr.isatty():
@@ -263,25 +320,31 @@ def _in_words(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # of the library, about its own affairs
             yield
     except Exception as error:
-        words = _words(error, parse(name)[0], api.endpoint)
+        words = _words(error, kind, parse(name)[0], api.endpoint)
         if words is None:
             raise
         raise ValueError(f"{name}: {words}") from None
 
 
-def _words(error: Exception, repository: str, where: str) -> str | None:
+def _words(error: Exception, kind: str, repository: str, where: str) -> str | None:
     """What an error of the hub's means; None for any other."""
     errors = huggingface_hub.errors
     if isinstance(error, errors.GatedRepoError):
-        return f"its owner asks for consent; give it at {where}/datasets/{repository}, then hf auth login"
+        page = f"{where}/datasets/{repository}" if kind == "data set" else f"{where}/{repository}"
+        return f"its owner asks for consent; give it at {page}, then hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such data set at {where}, or a private one (hf auth login)"
+        return f"no such {kind} at {where}, or a private one (hf auth login)"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision; leave out what follows the @"
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, errors.HfHubHTTPError):
         return f"{where} did not answer as it should ({first}); run the same command again"
+    return f"{where} could not be reached ({first}); run the same command again" if _unreachable(error) else None
+
+
+def _unreachable(error: Exception) -> bool:
+    """Whether the hub gave no answer, or may not be asked (HF_HUB_OFFLINE)."""
+    if isinstance(error, huggingface_hub.errors.HfHubHTTPError):
+        return False
     package = type(error).__module__.partition(".")[0]
-    if isinstance(error, ConnectionError | TimeoutError) or package.startswith(CLIENTS):
-        return f"{where} could not be reached ({first}); run the same command again"
-    return None
+    return isinstance(error, ConnectionError | TimeoutError) or package.startswith(CLIENTS)

@@ -9,12 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt import durable
+from gpt import durable, hub
 
 MANIFEST = "manifest.json"  # written last: a checkpoint without it does not count
 STATES = ("running", "preempted", "done", "failed")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-KINDS = "a run (runs/NAME), a checkpoint in it, or a Hugging Face model directory (config.json, model.safetensors)"
+KINDS = (
+    "a run (runs/NAME), a checkpoint in it, or a Hugging Face model: a directory (config.json, model.safetensors) or"
+    " hub:ORG/NAME[@REVISION]"
+)
+HUB = "hub:"
 
 
 class RunDirectory:
@@ -93,14 +97,19 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def resolve(source: str) -> tuple[Path, str]:
-    """(model directory, what it is in words) for RUN, RUN@STEP, RUN@best, RUN@last, a checkpoint, a Hugging Face directory.
+    """(model directory, what it is in words) for RUN, RUN@STEP, RUN@best, RUN@last, a checkpoint, a Hugging Face directory,
+    hub:ORG/NAME[@REVISION].
 
-    A run alone means its best checkpoint, its last where none was evaluated. ValueError or FileNotFoundError in words.
+    A run alone means its best checkpoint, its last where none was evaluated; a model of the hub is fetched into the hub's
+    own cache. ValueError or FileNotFoundError in words.
     """
     try:
         given = Path(source).exists()
     except OSError as error:  # it is too long to be a path
         raise ValueError(f"{source[:60]!r}...: {error.strerror}; expected {KINDS}") from None
+    if source.startswith(HUB) and not given:
+        path = hub.model(source.removeprefix(HUB))
+        return path, f"{source} ({path})"
     name, at, which = (source, "", "best") if given or "@" not in source else source.rpartition("@")
     path = Path(name)
     if not name or not path.exists():

@@ -77,7 +77,8 @@ class Tokenizer:
         self._config = self._completed(config)
         self._check_text_is_text()
         self.start_id, self.end_id = self.vocab[self._config["bos_token"]], self.vocab[self._config["eos_token"]]
-        self.im_start_id, self.im_end_id = self.vocab.get(IM_START), self.vocab.get(IM_END)
+        self.pad_id = self.vocab[self._config["pad_token"]]
+        self.chat_template: str | None = self._config.get("chat_template")  # text, for others to read: never run here
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -89,6 +90,8 @@ class Tokenizer:
         file, rules = _find(path)
         beside = file.with_name("tokenizer_config.json")
         config = _read_json(beside) if beside.is_file() else {}
+        if (template := file.with_name("chat_template.jinja")).is_file():  # where newer directories keep it
+            config.setdefault("chat_template", template.read_text(encoding="utf-8"))
         if not vocabularies.is_one(file, rules):
             return cls(_read_json(file), config, str(file))
         raw, own = vocabularies.read(file, rules)

@@ -1,4 +1,4 @@
-"""A server on this machine that answers what huggingface_hub asks of the Hugging Face hub, about data sets given to it."""
+"""A server on this machine that answers what huggingface_hub asks of the hub, about data sets and models given to it."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Repository:
-    """A data set: its card's metadata and its files."""
+    """A data set or a model: its card's metadata and its files."""
 
     files: dict[str, bytes]
     card: dict[str, Any] = field(default_factory=dict)
@@ -45,8 +45,10 @@ def serving(repositories: dict[str, Repository]) -> Iterator[tuple[str, list[str
             url = urllib.parse.urlsplit(self.path)
             path = urllib.parse.unquote(url.path)
             asked.append(f"{self.command} {path} {self.headers.get('Range') or ''}".strip())
-            match = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
-            file = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            match = re.fullmatch(
+                r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path
+            )
+            file = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             found = repositories.get((match or file or [None, ""])[1])
             if found is None:
                 return self._error(404, "RepoNotFound")

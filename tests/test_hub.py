@@ -1,4 +1,4 @@
-"""Data sets of the hub, from a server on this machine that answers as the hub does: what is chosen, read and refused."""
+"""Data sets and models of the hub, from a server on this machine that answers as the hub does: what is chosen, read and refused."""
 
 import gzip
 import io
@@ -14,8 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hub_server import Repository, serving
+from safetensors.torch import load, save
 
-from gpt import hub
+from gpt import hf, hub
+from gpt import tokenizer as tokenizers
+from gpt.model import GPT, ModelConfig, init_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,12 +44,36 @@ print(json.dumps(results))
 """
 
 
-def read(url: str, where: Path, cases: list[dict[str, Any]], **env: str) -> list[dict[str, Any]]:
-    """What corpus makes of each source, in a process that takes `url` for the hub."""
+# The same for models; where a case says so, the model is loaded and its ids of a text are told.
+RESOLVE = """
+import json, sys, traceback
+from gpt import run
+results = []
+for source, load in json.loads(sys.stdin.read()):
+    result = {}
+    try:
+        path, what = run.resolve(source)
+        result |= {"files": sorted(str(f.relative_to(path)) for f in path.rglob("*")), "path": str(path), "what": what}
+        if load:
+            from gpt import hf
+            model, tokenizer = hf.load(path)
+            result |= {"sum": model.lm_head.weight.sum().item(), "ids": tokenizer.encode("the sea")}
+        assert load or "torch" not in sys.modules
+    except (ValueError, OSError) as error:
+        result["error"] = str(error)
+    except Exception:
+        result["bug"] = traceback.format_exc()
+    results.append(result)
+print(json.dumps(results))
+"""
+
+
+def read(url: str, where: Path, cases: list[Any], script: str = READ, **env: str) -> list[dict[str, Any]]:
+    """What corpus makes of each source, or `run` of each model, in a process that takes `url` for the hub."""
     env = os.environ | {
         "HF_ENDPOINT": url, "HF_HOME": str(where / "hf"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0",
     } | env  # fmt: skip
-    command = [sys.executable, "-W", "error", "-c", READ]
+    command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(
         command, input=json.dumps(cases), capture_output=True, text=True, cwd=where, env=env, timeout=200
     )
@@ -177,6 +204,104 @@ def test_a_hub_that_does_not_answer_is_told_in_words(tmp_path: Path) -> None:
     assert "org/main: http://127.0.0.1:1 could not be reached" in result.get("error", ""), result
     (result,) = read("http://127.0.0.1:1", tmp_path, [{"hub": "org/main"}], HF_HUB_OFFLINE="1")
     assert "org/main: http://127.0.0.1:1 could not be reached" in result.get("error", ""), result
+
+
+# Models
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[dict[str, bytes], float, list[int]]:
+    """The files of a model, the sum of its head and its tokenizer's ids of a text."""
+    tokenizer = tokenizers.train(["the sea and the river, the sea"] * 9, "bpe", 275)
+    config = ModelConfig(vocab_size=320, max_seq_len=16, n_layer=1, d_model=8, n_head=1, qk_norm=False)
+    model = GPT(config)
+    init_weights(model, 1)
+    state = {name: tensor.detach().clone() for name, tensor in hf.to_disk(config, model.state_dict()).items()}
+    files = hf.model_files(config, tokenizer) | {"model.safetensors": save(state)}
+    return files, model.lm_head.weight.sum().item(), tokenizer.encode("the sea")
+
+
+def sharded(files: dict[str, bytes], **weight_map: str) -> dict[str, bytes]:
+    """The same model in two files and an index."""
+    state = load(files["model.safetensors"])
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(state))}
+    parts = {file: save({n: state[n] for n in state if names[n] == file}) for file in set(names.values())}
+    index = json.dumps({"weight_map": names | weight_map}).encode()
+    rest = {name: data for name, data in files.items() if name != "model.safetensors"}
+    return rest | parts | {"model.safetensors.index.json": index}
+
+
+def test_a_model_is_fetched_with_only_what_is_read(tmp_path: Path, small: Any) -> None:
+    files, total, ids = small
+    others = {
+        "pytorch_model.bin": b"never", "original/x.safetensors": b"never", "consolidated.safetensors": b"never",
+        "modeling.py": b"raise SystemExit", "README.md": b"card", "vocab.json": b"{}",
+    }  # fmt: skip
+    repositories = {
+        "org/one": Repository(files | others), "org/two": Repository(sharded(files) | others),
+        "org/gated": Repository(files, gated=True),
+        "org/pickled": Repository({"config.json": b"{}", "pytorch_model.bin": b"never"}),
+        "org/empty": Repository({"README.md": b""}),
+        "org/outside": Repository(sharded(files, x="../../secret.safetensors")),
+        "org/code": Repository(sharded(files, x="modeling.py") | others),
+        "org/noindex": Repository(sharded(files) | {"model.safetensors.index.json": b"[]"}),
+    }  # fmt: skip
+    sha = repositories["org/one"].sha
+    good = ["hub:org/one", f"hub:org/one@{sha}", "hub:org/two"]
+    refused = {
+        "hub:org/one@v9": "it has no such revision",
+        "hub:org/none": "org/none: no such model at http://127.0.0.1",
+        "hub:org/gated": "its owner asks for consent; give it at http://127.0.0.1",
+        "hub:org/pickled": "it has no model.safetensors (or its index), and weights in other forms are not fetched: a pickle can",
+        "hub:org/empty": "org/empty: it has no config.json",
+        "hub:org/outside": "names '../../secret.safetensors', which is no safetensors file beside it",
+        "hub:org/code": "names 'modeling.py', which is no safetensors file beside it",
+        "hub:org/noindex": "model.safetensors.index.json is no index of weights",
+        "hub:": "'' is no repository's name; expected ORG/NAME",
+        "hub:a/b/c": "'a/b/c' is no repository's name",
+    }
+    with serving(repositories) as (url, asked):
+        results = read(url, tmp_path, [(s, False) for s in refused] + [(s, True) for s in good] * 2, RESOLVE)
+        for words, result in zip(refused.values(), results, strict=False):
+            assert words in result.get("error", ""), result
+        for source, result in zip(good * 2, results[len(refused) :], strict=True):
+            assert (result.get("sum"), result.get("ids")) == (total, ids), result
+            assert result["what"] == f"{source} ({result['path']})"
+            assert sha in result["path"] or source == "hub:org/two"
+        fetched = [line.rpartition("/")[2] for line in asked if line.startswith("GET ") and "/resolve/" in line]
+    assert not set(fetched) & {name.rpartition("/")[2] for name in others}
+    assert fetched.count("model.safetensors") == 1, "what is there is not fetched again"
+
+
+def test_a_model_that_was_fetched_is_there_without_a_network(tmp_path: Path, small: Any) -> None:
+    with serving({"org/one": Repository(small[0])}) as (url, _):
+        (first,) = read(url, tmp_path, [("hub:org/one", True)], RESOLVE)
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        again, unknown = read(
+            "http://127.0.0.1:1", tmp_path, [("hub:org/one", True), ("hub:org/two", True)], RESOLVE, **env
+        )
+        assert again == first
+        assert "org/two: http://127.0.0.1:1 could not be reached" in unknown.get("error", ""), unknown
+
+
+def test_a_link_out_of_the_hubs_cache_is_not_followed(tmp_path: Path, small: Any) -> None:
+    snapshot, blobs = tmp_path / "models--org--one" / "snapshots" / "x", tmp_path / "models--org--one" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name, data in small[0].items():
+        (blobs / f"b-{name}").write_bytes(data)
+        (snapshot / name).symlink_to(f"../../blobs/b-{name}")
+    hf.load(snapshot)
+    (blobs / "b-config.json").rename(tmp_path / "config.json")
+    (blobs / "b-config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="is a symbolic link, which is not followed"):
+        hf.load(snapshot)
+    (blobs / "b-config.json").unlink()
+    (tmp_path / "config.json").rename(blobs / "b-config.json")
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is a symbolic link, which is not followed"):
+        hf.load(snapshot)
 
 
 @pytest.mark.parametrize(

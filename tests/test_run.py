@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from faults import FAULTS, every_sync_watched, failed, n_operations
 
-from gpt import durable
+from gpt import durable, hub
 from gpt.durable import CorruptError
 from gpt.run import MANIFEST, RunDirectory, best_of, checkpoint_path, resolve, saved_steps, scores_of
 
@@ -158,6 +158,18 @@ def test_a_hugging_face_directory_is_itself(run: RunDirectory) -> None:
     for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
         Path("model", name).write_text("{}")
     assert resolve("model") == (Path("model"), "model")
+
+
+def test_a_source_of_the_hub_is_asked_for_there_unless_a_path_has_its_name(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(hub, "model", lambda name: asked.append(name) or Path("cache"))
+    assert resolve("hub:org/name@main") == (Path("cache"), "hub:org/name@main (cache)")
+    Path("hub:org/name").mkdir(parents=True)
+    Path("hub:org/name/config.json").write_text("{}")
+    assert resolve("hub:org/name")[0] == Path("hub:org/name")
+    assert asked == ["org/name@main"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,26 @@ def test_a_chat_answers_each_line_and_ends_with_its_input(
     talk(sample, monkeypatch, model_dir, "hi\n\nthe sea\n", "--system", "s")
     assert said[-1] == ["system", "user", "assistant", "user"]
     assert capsys.readouterr().out.count("\n") >= 2
+
+
+def test_a_chat_says_its_format_and_an_unknown_one_is_refused_before_anything_is_typed(
+    sample: ModuleType,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    talk(sample, monkeypatch, model_dir, "/quit\n")
+    assert "chat format: chatml\n" in capsys.readouterr().err
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_bytes()) | {
+        "chat_template": "{{ '<start_of_turn>user' }}"
+    }
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="chat format of this tokenizer is not known here: its chat template names none"
+    ):
+        talk(sample, monkeypatch, other, "hi\n")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_awkward_text_comes_back_and_holds_no_control_token(kind: Kind) -> None:
 
 
 def test_control_tokens_are_where_they_are_expected_and_are_not_decoded(bpe: Tokenizer) -> None:
-    assert (bpe.start_id, bpe.end_id, bpe.im_start_id, bpe.im_end_id) == (0, 0, 1, 2)
+    assert (bpe.start_id, bpe.end_id, bpe.pad_id, bpe.chat_template) == (0, 0, 0, None)
     assert bpe.control_ids == frozenset(range(8))
     assert bpe.decode([0, *bpe.encode("hi"), 2, 1]) == "hi"
     assert [bpe.piece(i) for i in (0, 1, 2)] == [END, IM_START, IM_END]

@@ -1,11 +1,14 @@
-"""Look at what training sees: real batches in colours, and how a tokenizer cuts; on the terminal, and as one HTML file.
+"""Look at what training sees, how a tokenizer cuts, and what a model computes; on the terminal, and as one HTML file.
 
 python -m gpt.look data data/quickstart --html look.html
 python -m gpt.look data --config configs/quickstart.yaml data.seq_len=512 --step 100
 python -m gpt.look tokenizer data/quickstart --compare gpt2/tokenizer.json
+python -m gpt.look attention runs/quickstart --text 'def add(a, b):' --layer 2 --head 0 --html look.html
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +47,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gpt.look", description=__doc__, formatter_class=kind, allow_abbrev=False
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="data | tokenizer")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="data | tokenizer | attention")
 
     data = verbs.add_parser("data", help="a batch as training gets it, and what the data set holds", allow_abbrev=False)
     data.add_argument("dataset", nargs="?", help="a prepared data set; with --config, instead of the one it names")
@@ -61,7 +64,24 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     tokenizer.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text to cut, instead of the data set's")
     tokenizer.add_argument("--compare", metavar="OTHER", help="a second tokenizer, on the same text")
 
-    for verb in (data, tokenizer):
+    attention = verbs.add_parser("attention", help="what a model computes on a text", allow_abbrev=False)
+    attention.add_argument("source", help="a run, RUN@STEP|best|last, a checkpoint or a Hugging Face model directory")
+    text = attention.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="T", help="the text that it reads")
+    text.add_argument("--text-file", metavar="PATH", help="a UTF-8 file with that text; '-' is stdin")
+    attention.add_argument(
+        "--prompt",
+        default="",
+        metavar="P",
+        help="what it reads before; a prefix-LM sees it both ways, without it the text",
+    )
+    attention.add_argument("--layer", type=at_least(0), default=0, metavar="L", help="the layer shown, from 0 (0)")
+    attention.add_argument("--head", type=at_least(0), default=0, metavar="H", help="its query head, from 0 (0)")
+    attention.add_argument(
+        "--max-tokens", type=at_least(2), default=1000, metavar="N", help="read N tokens at most (1000)"
+    )
+
+    for verb in (data, tokenizer, attention):
         verb.add_argument("--html", type=page_file, metavar="OUT.html", help="write the page there as well")
         verb.add_argument("--debug", action="store_true", help="show tracebacks")
     args, others = parser.parse_known_args(argv)
@@ -77,13 +97,40 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def read_text(args: argparse.Namespace) -> str:
+    """What --text or --text-file gives."""
+    if args.text is not None:
+        return decoded(os.fsencode(args.text), "--text")
+    if args.text_file == "-":
+        return decoded(sys.stdin.buffer.read(), "stdin")
+    return decoded(Path(args.text_file).read_bytes(), args.text_file)
+
+
+def decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8) first") from None
+
+
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     from rich.console import Console
 
-    from gpt import batches, cuts, durable, page
+    from gpt import batches, cuts, durable, gaze, page
 
-    if args.verb == "data":
+    on_page = None  # the same blocks, unless a page has others
+    if args.verb == "attention":
+        seen = gaze.of_text(
+            args.source,
+            read_text(args),
+            prompt=decoded(os.fsencode(args.prompt), "--prompt"),
+            layer=args.layer,
+            head=args.head,
+            max_tokens=args.max_tokens,
+        )
+        title, blocks, on_page = seen.title, seen.on_terminal(), seen.as_page
+    elif args.verb == "data":
         title, blocks = batches.of_data(
             args.dataset, args.config, step=args.step, rows=args.rows, seq_len=args.seq_len, split=args.split
         )
@@ -96,7 +143,7 @@ def main(argv: list[str]) -> None:
         page.draw(block, console)
         shown.append(block)
     if args.html is not None:
-        durable.write_file(args.html, page.html(title, shown))
+        durable.write_file(args.html, page.html(title, shown if on_page is None else on_page()))
         page.draw(page.Note(f"written to {args.html}"), console)
 
 

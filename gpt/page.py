@@ -3,11 +3,14 @@
 What stands on it comes from documents and file names, which may hold anything: here, and nowhere else, it is made harmless.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.padding import Padding
@@ -16,6 +19,7 @@ from rich.text import Text
 
 Role = Literal["text", "control", "padding"]
 BAR = 40  # columns of the longest bar on a terminal
+LONG = 24  # rows from which a table scrolls in a box of its own
 
 
 class Token(NamedTuple):
@@ -50,11 +54,16 @@ class Note:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the columns after the first `words` hold numbers and stand to the right."""
+    """Rows of cells; the columns after the first `words` and before the last `tail` hold numbers and stand to the right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
+    tail: int = 0
+
+    @property
+    def numbers(self) -> range:
+        return range(self.words, len(self.columns) - self.tail)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,26 @@ class Row:
     segments: Sequence[Segment] = field(default=())
 
 
-Block = Heading | Note | Table | Bars | Row
+@dataclass(frozen=True)
+class Stage:
+    """Where a page's script draws; nothing on a terminal."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Script:
+    """The one program of a page, and what it draws from; nothing on a terminal.
+
+    `code` and `style` are ours, `data` may hold anything: it becomes JSON, of which the program makes text and pixels.
+    """
+
+    code: str
+    style: str
+    data: Mapping[str, Any]
+
+
+Block = Heading | Note | Table | Bars | Row | Stage | Script
 
 
 def printable(text: str, *, lines: bool = False) -> str:
@@ -131,7 +159,7 @@ def draw(block: Block, console: Console) -> None:
 def _grid(table: Table) -> Grid:
     grid = Grid(box=None, header_style="bold")
     for i, name in enumerate(table.columns):
-        grid.add_column(Text(printable(name)), justify="left" if i < table.words else "right", overflow="fold")
+        grid.add_column(Text(printable(name)), justify="right" if i in table.numbers else "left", overflow="fold")
     for row in table.rows:
         grid.add_row(*(Text(printable(cell)) for cell in row))
     return grid
@@ -185,12 +213,16 @@ STYLE = """
   --bar: #5fb3dc; --a0: #1d5566; --a1: #123842; --b0: #65501a; --b1: #42350f; --c: #d58be4; --cfg: #17171a; } }
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 76rem;
   margin: 0 auto; padding: 1rem 1.25rem 4rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
 table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto; }
 th, td { padding: .1rem .9rem .1rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-th { border-bottom: 1px solid var(--line); font-weight: 600; } .n { text-align: right; font-variant-numeric: tabular-nums; }
+th { border-bottom: 1px solid var(--line); font-weight: 600; }
+.n { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
+.long { max-height: 20rem; overflow: auto; width: fit-content; max-width: 100%; border: 1px solid var(--line); }
+td { white-space: pre-wrap; } .long th { position: sticky; top: 0; background: var(--bg); }
 .b { width: 100%; min-width: 12rem; } .b div { background: var(--bar); height: .8rem; min-width: 1px; }
 .b .none { min-width: 0; }
 .seg { border-left: 3px solid var(--line); margin: .35rem 0; padding-left: .7rem; }
@@ -209,11 +241,15 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # even what slipped th
 
 def html(title: str, blocks: Iterable[Block]) -> Iterator[bytes]:
     """The page in pieces, UTF-8."""
+    blocks = list(blocks)
+    scripts = [block for block in blocks if isinstance(block, Script)]
+    assert len(scripts) <= 1 and not any("</" in script.code + script.style for script in scripts)
+    style = STYLE + "".join(script.style for script in scripts)
     yield (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_policy(scripts))}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_safe(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{_safe(title)}</h1>\n"
+        f"<title>{_safe(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{_safe(title)}</h1>\n"
     ).encode()
     for block in blocks:
         yield _element(block).encode()
@@ -231,9 +267,10 @@ def _element(block: Block) -> str:
         case Note(text):
             return "<p>" + "\n".join(map(_safe, text.split("\n"))) + "</p>\n"
         case Table():
-            classes = ["" if i < block.words else ' class="n"' for i in range(len(block.columns))]
+            classes = [' class="n"' if i in block.numbers else "" for i in range(len(block.columns))]
             rows = [_cells("th", classes, block.columns), *(_cells("td", classes, row) for row in block.rows)]
-            return f"<table>\n{''.join(rows)}</table>\n"
+            long = ' class="long"' if len(block.rows) > LONG else ""
+            return f"<table{long}>\n{''.join(rows)}</table>\n"
         case Bars():
             most = max((count for _, count in block.rows), default=0) or 1
             rows = [f'<tr><th class="n">{_safe(block.unit)}</th><th></th><th></th></tr>\n']
@@ -244,6 +281,22 @@ def _element(block: Block) -> str:
             return f"<table>\n{''.join(rows)}</table>\n"
         case Row(label, segments):
             return f'<section class="row">\n<h3>{_safe(label)}</h3>\n{"".join(_segments(segments))}</section>\n'
+        case Stage(name):
+            return f'<div class="stage" id="{_safe(name)}"></div>\n'
+        case Script(code, _, data):
+            return f'<script type="application/json" id="data">{_json(data)}</script>\n<script>{code}</script>\n'
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON without a character that could end the element it stands in, or open another."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _policy(scripts: Sequence[Script]) -> str:
+    """What a browser may do: with a program, run that one, known by its hash."""
+    hashes = [base64.b64encode(hashlib.sha256(script.code.encode()).digest()).decode() for script in scripts]
+    return POLICY + "".join(f"; script-src 'sha256-{known}'; base-uri 'none'; form-action 'none'" for known in hashes)
 
 
 def _cells(tag: str, classes: Sequence[str], cells: Sequence[str]) -> str:

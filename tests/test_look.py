@@ -1,17 +1,22 @@
 """The command: what it prints and writes, and that every mistake is answered in words."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from gpt import look, shards, tokenizer
+from gpt import hf, look, shards, tokenizer
 from gpt.data import DataConfig, Loader, open_data
 from gpt.durable import Directory
+from gpt.model import GPT, ModelConfig, init_weights
 from gpt.page import printable, quoted
 from gpt.shards import TokenSet
 from gpt.tokenizer import Tokenizer
@@ -156,6 +161,52 @@ def test_the_tokenizer_of_a_data_set(data_set, tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    cutter = tokenizer.train([HOSTILE * 3], "bpe", 290)
+    config = ModelConfig(vocab_size=cutter.padded_size, max_seq_len=64, n_layer=2, d_model=16, n_head=2, init_std=0.3)
+    model = GPT(config)
+    init_weights(model, seed=1)
+    for name, data in hf.model_files(config, cutter).items():
+        (path / name).write_bytes(data)
+    state = {name: t.detach().clone() for name, t in hf.to_disk(config, model.state_dict()).items()}
+    save_file(state, path / "model.safetensors")
+    return path
+
+
+def test_attention_is_printed_and_written_with_the_numbers_of_the_model(model_directory, tmp_path, capsys):
+    out, text = tmp_path / "look.html", tmp_path / "text.txt"
+    text.write_bytes(HOSTILE.encode())
+    out.write_text("what was there before")
+    run("attention", model_directory, "--text-file", text, "--layer", 1, "--head", 1, "--max-tokens", 20, "--html", out)
+    page, printed = Reader(out), capsys.readouterr().out
+    model, cutter = hf.load(model_directory)
+    ids = [cutter.start_id, *cutter.encode(HOSTILE)][:20]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert not page.tags & {"b", "img", "a", "link"}
+    for i, (token, target) in enumerate(pairwise(ids)):
+        shown = [str(i), quoted(cutter.piece(token)), quoted(cutter.piece(target))]
+        assert [*shown, str(token), str(target)] in page.rows
+        row = next(row for row in page.rows if row[:3] == shown and len(row) == 8)
+        assert row[4] == f"{logprobs[i, target]:.3f}" and len(re.findall(r" \d\.\d{4}(?:  |$)", row[7])) == 10
+    assert "layer 1, head 1: softmax rows" in printed and "cut: the text ends after 20 of" in printed
+    assert "\x1b" not in printed and "\u202e" not in printed and "\x00" not in printed
+
+
+def test_what_cannot_be_looked_at_is_said_in_words(model_directory, tmp_path):
+    with pytest.raises(ValueError, match="the text is empty"):
+        run("attention", model_directory, "--text", "")
+    with pytest.raises(ValueError, match="has heads 0 to 1"):
+        run("attention", model_directory, "--text", "a", "--head", 2)
+    with pytest.raises(FileNotFoundError, match="'nowhere' does not exist"):
+        run("attention", "nowhere", "--text", "a")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="not UTF-8 at byte 3"):
+        run("attention", model_directory, "--text-file", tmp_path / "latin.txt")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -166,6 +217,11 @@ def test_the_tokenizer_of_a_data_set(data_set, tmp_path, capsys):
         (["data", "x", "--step", "many"], "got 'many'"),
         (["tokenizer"], "source"),
         (["paint"], "paint"),
+        (["attention", "x"], "one of the arguments --text --text-file is required"),
+        (["attention", "x", "--text", "a", "--text-file", "b"], "not allowed with"),
+        (["attention", "x", "--text", "a", "--layer", "-1"], "expected a whole number from 0 on, got '-1'"),
+        (["attention", "x", "--text", "a", "--max-tokens", "1"], "expected a whole number from 2 on"),
+        (["attention", "x", "--text", "a", "--html", "nowhere/out.html"], "the directory 'nowhere' does not exist"),
         (["data", "x", "seed=1"], "unrecognized arguments: seed=1"),
         (["data", "x", "y", "--config", "z"], "unrecognized arguments: y"),
         (["data", "--config", "z", "--seed=1"], "unrecognized arguments: --seed=1"),

@@ -1,6 +1,9 @@
 """The page: what stands on it is shown and never obeyed, in HTML as on a terminal."""
 
+import base64
+import hashlib
 import io
+import json
 import unicodedata
 from html.parser import HTMLParser
 
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gpt.page import Bars, Heading, Note, Row, Segment, Table, Token, draw, html, printable, quoted
+from gpt.page import Bars, Heading, Note, Row, Script, Segment, Stage, Table, Token, draw, html, printable, quoted
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -151,6 +154,31 @@ def test_tables_and_bars_keep_their_numbers():
     assert [line.split() for line in lines[1:3]] == [['"', 'the"', "1,234"], ['"a"', "5"]]
     assert [line.count("█") for line in lines[-4:-1]] == [1, 40, 0]
     assert all(number in lines[i] for i, number in ((-4, "3"), (-3, "1,000")))
+
+
+def test_a_page_with_a_program_runs_that_one_and_what_it_draws_from_is_no_markup():
+    code = "document.getElementById('data').textContent < '2'"
+    data = {"texts": [*HOSTILE, "</script>", "<!--<script>", "\u2028"], "n": 1.5}
+    text = page(Stage("heads"), Script(code, ".stage { color: red; }", data))
+    read = Reader(text)
+    policy = [has["content"] for _, has, _ in read.elements if has.get("http-equiv") == "Content-Security-Policy"]
+    known = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert policy == [
+        "default-src 'none'; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{known}'; base-uri 'none'; form-action 'none'"
+    ]
+    stored, program = read.texts("script")
+    assert json.loads(stored) == data and not set("<>&") & set(stored) and stored.isascii()
+    assert program == code and read.texts("div", id="heads") == [""] and ".stage { color: red; }" in text
+    assert not drawn(Stage("heads"), Script(code, "", data))
+
+
+def test_long_tables_scroll_and_last_columns_may_hold_words():
+    table = Table(("token", "count", "others"), [("a", "1", "b c")] * 30, words=1, tail=1)
+    text = page(table, Table(("token", "count"), [("a", "1")]))
+    assert text.count('<table class="long">') == text.count("<table>") == 1
+    assert Reader(text).texts("td", **{"class": "n"}) == ["1"] * 31
+    assert drawn(table).splitlines()[1].split() == ["a", "1", "b", "c"]
 
 
 PADDING = Token("9 x padding", None, False, "padding")

@@ -99,7 +99,7 @@ def test_flags_and_settings_files_named_in_the_text_exist(
     for verb in verbs.values():
         with pytest.raises(SystemExit):
             parser(verb)(["--help"])
-    for shown in ("data", "tokenizer"):
+    for shown in ("data", "tokenizer", "attention"):
         with pytest.raises(SystemExit):
             look.arguments([shown, "--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))

@@ -151,8 +151,8 @@ class Rotary(Position):
     def tables(self, n_positions: int, total: int) -> Angles:
         """Cosines and sines of positions 0 .. n_positions - 1 in a sequence of `total`, each (n_positions, rotary_dim)."""
         frequencies, factor = rope_frequencies(self.rotary_dim, self.theta, self.scaling, self.max_seq_len, total)
-        angles = torch.outer(torch.arange(n_positions, device="cpu").float(), frequencies).repeat(1, 2)
-        return angles.cos() * factor, angles.sin() * factor
+        angles = torch.outer(torch.arange(n_positions, device="cpu").float(), frequencies)
+        return (angles.cos() * factor).repeat(1, 2), (angles.sin() * factor).repeat(1, 2)
 
     def angles(self, at: At) -> Angles:
         cos, sin = self.cos, self.sin
@@ -168,19 +168,21 @@ def rope_frequencies(
 ) -> tuple[Tensor, float]:
     """(angle per position of each pair (rotary_dim / 2,) fp32, factor of cosines and sines) in a sequence of `total`."""
     exponents = torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim
-    plain = 1.0 / theta**exponents
+    wavelengths = theta**exponents  # over 2 pi
+    plain = 1.0 / wavelengths
     if scaling is None:
         return plain, 1.0
     if scaling.kind == "linear":
         return plain / scaling.factor, 1.0
     if scaling.kind == "dynamic":
         original = scaling.original_max_seq_len or max_seq_len
-        stretch = scaling.factor * max(total, original) / original - (scaling.factor - 1)
+        longest = torch.tensor(total) if total > original else original  # fp32 where it grows, as in transformers
+        stretch = scaling.factor * longest / original - (scaling.factor - 1)
         return 1.0 / (theta * stretch ** (rotary_dim / (rotary_dim - 2))) ** exponents, 1.0
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
     factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
-    return _yarn(plain, rotary_dim, theta, scaling, max_seq_len), factor
+    return _yarn(wavelengths, rotary_dim, theta, scaling, max_seq_len), factor
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
@@ -192,7 +194,7 @@ def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - kept) * plain / scaling.factor + kept * plain
 
 
-def _yarn(plain: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling, max_seq_len: int) -> Tensor:
+def _yarn(wavelengths: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling, max_seq_len: int) -> Tensor:
     """Between two pairs, found by how often they turn within the original context, a linear ramp from kept to divided."""
     original = scaling.original_max_seq_len or max_seq_len / scaling.factor
 
@@ -203,11 +205,14 @@ def _yarn(plain: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling, ma
     last = min(math.ceil(pair(scaling.beta_slow)), rotary_dim - 1)
     steps = torch.arange(rotary_dim // 2, device="cpu").float()
     divided = ((steps - first) / (last - first or 0.001)).clamp(0, 1)
-    return plain / scaling.factor * divided + plain * (1 - divided)
+    kept = 1 - divided
+    return 1 / (scaling.factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept
 
 
-def rotate(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
     """Turn q (B, H, T, D) and k (B, G, T, D) by the angles of `Rotary`; columns past the angles' width stay."""
+    if angles is None:
+        return q, k
     cos, sin = angles
     return _turned(q, cos, sin), _turned(k, cos, sin)
 
@@ -220,5 +225,5 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def keep(q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    """`rotate` where nothing turns."""
+    """`rotate` in a layer whose heads do not turn."""
     return q, k

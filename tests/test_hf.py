@@ -1,6 +1,8 @@
 """Model directories: what transformers writes loads here and back; what we lack is refused by name."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from gpt.tokenizer import Tokenizer
 
 transformers.utils.logging.disable_progress_bar()
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the river runs to the sea, 床前明月光，疑是地上霜。 naïve café 🐙 12345\n\tdef f(x): return x\n" * 4
 AWKWARD = [
     "",
@@ -82,7 +85,11 @@ def write_ours(path: Path, tokenizer: Tokenizer, **shape: Any) -> GPT:
     for name, data in hf.model_files(config, tokenizer).items():
         (path / name).write_bytes(data)
     save_file(
-        {n: t.detach().clone() for n, t in hf.to_disk(config, model.state_dict()).items()}, path / "model.safetensors"
+        {
+            n: t.detach().clone(memory_format=torch.contiguous_format)
+            for n, t in hf.to_disk(config, model.state_dict()).items()
+        },
+        path / "model.safetensors",
     )
     return model.eval()
 
@@ -150,21 +157,6 @@ def test_the_old_form_of_rope_theta_and_absent_keys_mean_what_they_mean_there(
         mlp_bias=None,
     )
     assert_same_logits(hf.load(tmp_path)[0], theirs)
-
-
-@pytest.mark.parametrize("kind", [LLAMA, QWEN3])
-def test_every_key_left_out_has_the_value_it_has_there(tmp_path: Path, kind: Any) -> None:
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    raw = {key: ODD[key] for key in needed} | {"model_type": kind.model_type, "num_key_value_heads": 6}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    ours, theirs = hf.load_config(tmp_path), kind(**raw)
-    family = next(family for family in hf.FAMILIES if family.model_type == kind.model_type)
-    values = ours.model_dump() | {"n_kv_head": ours.n_group, "head_dim": ours.d_head}
-    assert {key: values[field] for key, field in family.fields.items()} == {
-        key: getattr(theirs, key) for key in family.fields
-    }
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert {key: getattr(theirs, key) for key in family.fixed} == dict(family.fixed)
 
 
 def test_leftovers_of_older_writers_are_dropped(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -260,7 +252,7 @@ def test_a_model_that_transformers_has_no_class_for_says_so_there(tmp_path: Path
         ({"qk_norm": False}, "LlamaForCausalLM"),
         (
             {"qk_norm": False, "d_model": 50},
-            "GptTrainerForCausalLM",
+            "MistralForCausalLM",
         ),  # LlamaConfig refuses widths that heads do not divide
         ({"qk_norm": True, "d_model": 50}, "Qwen3ForCausalLM"),
         ({"qk_norm": True, "mlp_bias": True}, "GptTrainerForCausalLM"),
@@ -298,22 +290,20 @@ def test_a_tied_head_is_stored_once_and_comes_back(tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope scaling 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope scaling 'llama3'"),
-        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
-        ({"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window: True"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer type 'sliding_attention'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer type 'linear_attention'"),
         (
-            {"architectures": ["MistralForCausalLM"]},
-            "architecture 'MistralForCausalLM' is not known here; known: LlamaForCausalLM, Qwen3",
+            {"architectures": ["MixtralForCausalLM"]},
+            "architecture 'MixtralForCausalLM' is not known here; known: LlamaForCausalLM, Mistral",
         ),
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM, and model_type is 'qwen3': which of them is it?"),
         ({"architectures": None, "model_type": None}, "architecture None is not known"),
         ({"hidden_size": None}, "needs hidden_size, which the file leaves out"),
         ({"num_hidden_layers": "three"}, "config.json: does not describe a model"),
-        ({"num_hidden_layers": 10**9}, "config.json says 1000000000 layers, and there are"),
+        ({"num_hidden_layers": 10**9}, "it has 1000000000 layers"),
+        ({"num_hidden_layers": 10**4, "layer_types": None}, "config.json says 10000 layers, and there are"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'; expected a JSON array"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]; expected a JSON object"),
         ({"layer_types": 3}, "layer_types is 3; expected a JSON array"),
@@ -359,7 +349,7 @@ def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, tokeniz
     stored = load_file(tmp_path / "model.safetensors")
     stored["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as torch\.int8"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as I8"):
         hf.load(tmp_path)
 
 
@@ -444,6 +434,149 @@ def test_a_checkpoint_is_a_model_directory_and_its_manifest_is_checked(tmp_path:
     (path / "model.safetensors").write_bytes(data)
     with pytest.raises(CorruptError, match=r"model\.safetensors"):
         hf.load(path)
+
+
+# Several files, and files that contradict each other
+
+
+def shard(path: Path) -> dict[str, str]:
+    """Deal the tensors of model.safetensors to two files; the index's map."""
+    stored = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(stored)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, its in parts.items():
+        save_file({name: stored[name] for name in its}, path / file)
+    index = {name: file for file, its in parts.items() for name in its}
+    write_index(path, index)
+    return index
+
+
+def write_index(path: Path, index: dict[str, str]) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def test_several_files_are_one_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ours = write_ours(tmp_path, tokenizer)
+    shard(tmp_path)
+    assert torch.equal(hf.load(tmp_path)[0](tokens(64)), ours(tokens(64)))
+
+
+def test_an_index_that_names_a_missing_file_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path, tokenizer)
+    shard(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.safetensors: no such file"):
+        hf.load(tmp_path)
+
+
+def test_a_tensor_in_another_file_than_the_index_says_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path, tokenizer)
+    index = shard(tmp_path)
+    assert index["model.norm.weight"] == "a.safetensors"
+    write_index(tmp_path, index | {"model.norm.weight": "b.safetensors"})
+    with pytest.raises(ValueError, match=r"it does not name model\.norm\.weight in a\.safetensors, which holds it"):
+        hf.load(tmp_path)
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path, tokenizer)
+    index = shard(tmp_path)
+    del index["model.norm.weight"]
+    write_index(tmp_path, index)
+    with pytest.raises(ValueError, match=r"does not name model\.norm\.weight in a\.safetensors, which holds it"):
+        hf.load(tmp_path)
+
+
+def test_a_tensor_that_stands_twice_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path, tokenizer)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(stored | {"norm.weight": stored["model.norm.weight"].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight stands twice"):
+        hf.load(tmp_path)
+
+
+def test_two_sets_of_weights_in_one_directory_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path, tokenizer)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    shard(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"two sets of weights: model\.safetensors, and .* with a\.safetensors"):
+        hf.load(tmp_path)
+
+
+def test_the_names_of_another_family_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path / "llama", tokenizer, qk_norm=False)
+    shape = {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "attention_bias": True, "mlp_bias": True}
+    write_ours(tmp_path / "gpt2", tokenizer, **shape, qk_norm=False, n_kv_head=6)
+    (tmp_path / "llama" / "model.safetensors").write_bytes((tmp_path / "gpt2" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError) as error:
+        hf.load(tmp_path / "llama")
+    assert "missing: model.embed_tokens.weight, " in str(error.value)
+    assert "unexpected: model.transformer.h.0.attn.c_attn.bias, " in str(error.value)
+    assert "more" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tmp_path: Path, tokenizer: Tokenizer, value: float, dtype: torch.dtype
+) -> None:
+    write_ours(tmp_path, tokenizer)
+    stored = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    stored["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds a number that is not finite"):
+        hf.load(tmp_path)
+
+
+def test_a_checkpoint_in_the_form_of_another_class_comes_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shape = {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "attention_bias": True, "mlp_bias": True}
+    config = ModelConfig(vocab_size=320, max_seq_len=40, n_layer=2, d_model=24, n_head=2, qk_norm=False, **shape)
+    model = GPT(config)
+    init_weights(model, seed=1)
+    path = tmp_path / "step_00000001"
+    files, weights = hf.model_files(config, tokenizer), hf.to_disk(config, model.state_dict())
+    assert "transformer.h.0.attn.c_attn.weight" in weights
+    checkpoint.save(path, model_files=files, weights=weights, optimizer={}, run_yaml="{}", state={})
+    for state in (hf.load(path)[0].state_dict(), hf.from_disk(config, checkpoint.load_weights(path))):
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# The verb
+
+
+def run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gpt.hf", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+def test_compare_prints_how_far_two_models_are_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path / "a", tokenizer)
+    write_ours(tmp_path / "b", tokenizer)
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    stored["model.norm.weight"][0] += 0.5
+    save_file(stored, tmp_path / "b" / "model.safetensors")
+    done = run_verb("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--text", "the river")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert next(line.split()[:2] for line in lines if "model.norm" in line) == ["model.norm.weight", "0.5"]
+    assert "logits of" in done.stdout
+
+
+def test_compare_of_different_models_is_an_error_in_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path / "a", tokenizer)
+    write_ours(tmp_path / "b", tokenizer, n_layer=2)
+    done = run_verb("compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert done.returncode == 2
+    assert "the models have other tensors" in done.stderr
+
+
+def test_gguf_writes_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path / "a", tokenizer, qk_norm=False)
+    done = run_verb("gguf", str(tmp_path / "a"), str(tmp_path / "a.gguf"), "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_loaded_weights_do_not_stand_on_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:

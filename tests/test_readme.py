@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from gpt import config, look
+from gpt import config, hf, look
 from gpt.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +68,7 @@ def test_a_command_names_what_exists_and_parses(
     script, *arguments = words
     if script == "-m":
         module, *arguments = arguments
-        assert module == "gpt.look"
-        look.arguments(arguments)
+        {"gpt.look": look, "gpt.hf": hf}[module].arguments(arguments)
         return
     assert script in verbs, "commands are those of the three verbs"
     parser(verbs[script])(arguments)  # SystemExit for a flag it does not know

@@ -1,0 +1,135 @@
+"""Safetensors files read straight into memory of our own: a header that is believed in nothing, then every byte once.
+
+    8 bytes: length of the header | the header: JSON, name -> dtype, shape, place | the tensors, without a gap
+
+The package that defines the format maps the file and copies from the map, so that a model stands in memory twice for a
+moment; it is what writes the files that this is tested with.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.durable import CorruptError
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WIDTHS = {  # bytes of an element; what is no weight (masks, positions) is measured too, and then left alone
+    **{name: dtype.itemsize for name, dtype in FLOATS.items()},
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # bytes: the format's own limit
+MAX_DIMENSIONS = 8
+PIECE = 1 << 19  # elements read, converted and checked at once, while they are in its cache
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: `start` is its first byte there."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def stored(file: Path) -> dict[str, Stored]:
+    """What a safetensors file holds, by name; CorruptError unless its header accounts for each of its bytes once."""
+    try:
+        entries, start, size = _header(file)
+        found, end = {}, 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end_of_this = entry["data_offsets"]
+            if begin != end:
+                raise ValueError(f"{name} begins at byte {begin} of the data, what is before it ends at {end}")
+            if end_of_this - begin != (expected := math.prod(shape) * WIDTHS[dtype]):
+                raise ValueError(f"{name} has {end_of_this - begin} bytes, {dtype} {list(shape)} needs {expected}")
+            found[name], end = Stored(file, name, dtype, shape, start + begin), end_of_this
+        if start + end != size:
+            raise ValueError(f"the file has {size} bytes, its header describes {start + end}")
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
+        raise CorruptError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+    return found
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """(entries by name, each with a dtype, a shape and two offsets; where the data begin; the file's size)."""
+    with file.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise ValueError(f"it has {size} bytes, and a header of {length} bytes does not fit")
+        entries = json.loads(handle.read(length).decode(), object_pairs_hook=_once)
+    if not isinstance(entries, dict):
+        raise ValueError("its header is no JSON object")
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in WIDTHS:
+            raise ValueError(f"{name} has the unknown dtype {entry['dtype']!r:.40}")
+        for key, least, most in (("shape", 0, MAX_DIMENSIONS), ("data_offsets", 2, 2)):
+            numbers = entry[key]
+            if not isinstance(numbers, list) or not least <= len(numbers) <= most:
+                raise ValueError(f"{name} has no {key}")
+            if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+                raise ValueError(f"the {key} of {name} are no sizes")
+    return entries, 8 + length, size
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand in it once."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return values
+
+
+def read(entries: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor as fp32, in memory that nothing else holds: (its key in `entries`, tensor).
+
+    ValueError for one that is no floating-point tensor, or in which something is not finite; CorruptError where the file
+    ends before the tensor does.
+    """
+    for name, entry in entries.items():
+        yield name, _read_one(entry)
+
+
+def _read_one(entry: Stored) -> Tensor:
+    where = f"{entry.file}: {entry.name}"
+    if entry.dtype not in FLOATS:
+        raise ValueError(f"{where} is stored as {entry.dtype}; expected F32, F16 or BF16")
+    tensor = torch.empty(entry.shape)
+    flat = tensor.view(-1)
+    with entry.file.open("rb", buffering=0) as handle:
+        for start in range(0, flat.numel(), PIECE):
+            _read_piece(handle.fileno(), entry, start, flat[start : start + PIECE])
+    return tensor
+
+
+def _read_piece(fd: int, entry: Stored, start: int, target: Tensor) -> None:
+    """Fill `target`, fp32, with the tensor's elements from `start` on."""
+    dtype = FLOATS[entry.dtype]
+    raw = target if dtype == torch.float32 else torch.empty(len(target), dtype=dtype)
+    room, at = memoryview(raw.view(torch.uint8).numpy().data), entry.start + start * dtype.itemsize
+    while room:
+        n_bytes = os.preadv(fd, [room], at)
+        if n_bytes == 0:
+            raise CorruptError(f"{entry.file}: {entry.name} is cut short: the file was changed while it was read")
+        room, at = room[n_bytes:], at + n_bytes
+    if raw is not target:
+        target.copy_(raw)
+    values = target.numpy()
+    with np.errstate(all="ignore"):  # a sum may overflow where no number has
+        if not np.isfinite(values.sum()) and not np.isfinite(values).all():
+            raise ValueError(
+                f"{entry.file}: {entry.name} holds a number that is not finite (NaN or infinity); these weights are"
+                " damaged, copy or download them again"
+            )

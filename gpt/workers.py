@@ -130,17 +130,16 @@ class _Shard:
         self._index: list[np.ndarray] = []
         self.n_tokens = self.n_bytes = 0
 
-    def add(self, parts: Sequence[Part], encoded: Sequence[np.ndarray]) -> None:
+    def add(self, encoded: Sequence[np.ndarray], n_bytes: Sequence[int], sources: Sequence[int]) -> None:
         """Append texts, each with a start token in front of its ids."""
         lengths = np.array([1 + len(ids) for ids in encoded])
-        index = np.empty(len(parts), DOCUMENT)
+        index = np.empty(len(encoded), DOCUMENT)
         index["start"] = self.n_tokens + np.cumsum(lengths) - lengths
-        index["n_bytes"] = [part.n_bytes for part in parts]
-        index["source"] = [part.source for part in parts]
+        index["n_bytes"], index["source"] = n_bytes, sources
         self._index.append(index)
         self._ids.append(np.concatenate([array for ids in encoded for array in (self._start, ids)]))
         self.n_tokens += int(lengths.sum())
-        self.n_bytes += sum(part.n_bytes for part in parts)
+        self.n_bytes += sum(n_bytes)
 
     def write(self, job: Job, name: str, tokenizer: Tokenizer) -> ShardEntry:
         """Write the shard into the data set."""
@@ -154,13 +153,14 @@ def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, 
     shards = {split: _Shard(tokenizer.start_id, token_dtype(tokenizer.size)) for split in SPLITS}
     n_documents = n_ids = 0
     for batch in _batches(parts(job.inputs, job.work, job.chunks[number], job.split, skip_bad=job.skip_bad)):
-        encoded = encoder.encode([part.text for part in batch])
+        splits, texts, n_bytes, sources, begins = zip(*batch, strict=True)
+        encoded = encoder.encode(texts)
         for split, shard in shards.items():
-            if own := [i for i, part in enumerate(batch) if part.split == split]:
-                shard.add([batch[i] for i in own], [encoded[i] for i in own])
-        n_documents += sum(part.begins for part in batch)
+            if own := [i for i, each in enumerate(splits) if each == split]:
+                shard.add([encoded[i] for i in own], [n_bytes[i] for i in own], [sources[i] for i in own])
+        n_documents += sum(begins)
         n_ids += sum(map(len, encoded))
-        advance(sum(part.n_bytes for part in batch))
+        advance(sum(n_bytes))
     filled = {split: shard for split, shard in shards.items() if shard.n_tokens}
     entries = {split: shard.write(job, f"{split}-{number:05d}.tok", tokenizer) for split, shard in filled.items()}
     made = Made(n_documents, n_ids, encoder.how, entries)

@@ -183,6 +183,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the data set is made (a temporary directory)")
     args = parser.parse_args()
     results = []
+    if args.dir is not None:
+        args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         tokens, file = make(Path(scratch), (1 << 24) if args.quick else (1 << 29))
         print(f"{tokens.n_tokens:,} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -322,6 +322,8 @@ def main() -> None:
     args = parser.parse_args()
     n_bytes, n_peer, repeats = (20_000_000, 2_000_000, 1) if args.quick else (200_000_000, 20_000_000, 3)
     rows: list[Row] = []
+    if args.dir is not None:
+        args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         if args.gigabytes:
             rows = memory(args.gigabytes, Path(temporary), args.workers, not args.word_cache)

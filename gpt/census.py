@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 
@@ -49,9 +50,16 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def census(out: Path, *, notes: Sequence[str] = (), skipped: Sequence[str] = (), n_skipped: int = 0) -> Report:
-    """Read the data set back, which also checks every block of it."""
-    tokenizer = Tokenizer.load(out)
+def census(
+    out: Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    notes: Sequence[str] = (),
+    skipped: Sequence[str] = (),
+    n_skipped: int = 0,
+) -> Report:
+    """Read the data set back, which also checks every block of it. `tokenizer` is its own, for who has loaded it."""
+    tokenizer = tokenizer or Tokenizer.load(out)
     sets = {split: TokenSet(out, split) for split in SPLITS}
     counts = np.zeros(tokenizer.size, dtype=np.int64)
     for tokens in sets.values():
@@ -107,9 +115,11 @@ def script_of(data: bytes) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         return "parts of characters"
-    return Counter(map(_script_of_character, text.strip() or text)).most_common(1)[0][0]
+    found = [_script_of_character(char) for char in text.strip() or text]
+    return max(dict.fromkeys(found), key=found.count)
 
 
+@cache
 def _script_of_character(char: str) -> str:
     category = unicodedata.category(char)[0]
     if category in CATEGORIES:

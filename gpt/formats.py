@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from gpt import signals
 
 BLOCK = 1 << 20
+LINES_BLOCK = 1 << 17  # what is split: more would be memory that the system takes back, and clears, each time
 PIECE_BYTES = 16 << 20  # a text without separator is cut at line ends into pieces of at most about this size
 RECORD_BYTES = 256 << 20  # a longer line or record is not read: memory stays bounded
 BATCH_ROWS = 256  # of parquet that are decoded at a time
@@ -142,7 +143,7 @@ def spans(stream: BinaryIO, delimiter: bytes, start: int = 0, end: int | None = 
     position, rest = start, b""
     while True:
         signals.check()
-        size = min(max(BLOCK, len(rest)), 16 * BLOCK)  # grows with the record, so that a long one costs linear time
+        size = min(max(LINES_BLOCK, len(rest)), 16 * BLOCK)  # grows with the record: a long one costs linear time
         if end is not None:
             size = min(size, end - position - len(rest))
         block = stream.read(size) if size > 0 else b""

@@ -20,6 +20,7 @@ from rich.console import Console
 from gpt import config, corpus, durable, growth, scan, signals, workers, workplace
 from gpt import tokenizer as tokenizers
 from gpt.census import Report, census, say, show
+from gpt.encode import Encoder
 from gpt.recipe import PrepareConfig
 from gpt.scan import SPLITS, Sample, Split, Survey
 from gpt.shards import TokenSet, token_dtype, write_manifest
@@ -48,11 +49,11 @@ def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: 
     used by the next call. Another data set there is an error unless `overwrite`, and stands until the new one is whole.
     """
     with workplace.held(out) as work:
-        plan = _plan(settings, out, work, console, overwrite)
-        if plan is None:
+        planned = _plan(settings, out, work, console, overwrite)
+        if planned is None:
             say(console, f"{out} is up to date: the same text and settings")
             return census(out)
-        tokenizer = Tokenizer.load(plan.job.finished)
+        plan, tokenizer = planned
         _encode(plan, range(len(plan.job.chunks)), tokenizer, settings.workers, console)
         return _publish(plan, out, tokenizer, console)
 
@@ -60,11 +61,11 @@ def prepare(settings: PrepareConfig, out: Path, *, console: Console, overwrite: 
 def scan_only(settings: PrepareConfig, out: Path, *, console: Console, overwrite: bool = False) -> int:
     """Do all that looks at the whole corpus, so that `make_part` may run anywhere; return the number of chunks."""
     with workplace.held(out) as work:
-        plan = _plan(settings, out, work, console, overwrite)
-    if plan is None:
+        planned = _plan(settings, out, work, console, overwrite)
+    if planned is None:
         say(console, f"{out} is up to date: the same text and settings")
         return 0
-    n = len(plan.job.chunks)
+    n = len(planned[0].job.chunks)
     say(console, f"{n} chunks: encode them with --part 1/N .. --part N/N (N up to {n}), anywhere; then --merge")
     return n
 
@@ -98,8 +99,10 @@ def merge(settings: PrepareConfig, out: Path, *, console: Console) -> Report:
 # The plan: what the pass over the corpus settles
 
 
-def _plan(settings: PrepareConfig, out: Path, work: Path, console: Console, overwrite: bool) -> Plan | None:
-    """The plan of the corpus, its tokenizer made; None if `out` is up to date."""
+def _plan(
+    settings: PrepareConfig, out: Path, work: Path, console: Console, overwrite: bool
+) -> tuple[Plan, Tokenizer] | None:
+    """The plan of the corpus, and its tokenizer, which is stored; None if `out` is up to date."""
     inputs, names = _inputs(settings, out, work, console)
     imported = Tokenizer.load(Path(settings.tokenizer)) if settings.tokenizer is not None else None
     identity = _identity(settings, names, imported)
@@ -112,7 +115,7 @@ def _plan(settings: PrepareConfig, out: Path, work: Path, console: Console, over
         return None
     if workplace.resume(work, identity):
         say(console, f"continuing with what is finished in {work}")
-    split = _split_with_tokenizer(settings, found, imported, inputs, work, console)
+    split, tokenizer = _split_with_tokenizer(settings, found, imported, inputs, work, console)
     skip_bad = settings.on_bad_record == "skip"
     plan = Plan(
         Job(work, tuple(inputs), split, skip_bad, tuple(found.chunks)),
@@ -126,7 +129,7 @@ def _plan(settings: PrepareConfig, out: Path, work: Path, console: Console, over
         seen.n_skipped,
     )
     plan.save()
-    return plan
+    return plan, tokenizer
 
 
 def _pass(settings: PrepareConfig, inputs: Sequence[Input], work: Path, console: Console) -> scan.Pass:
@@ -277,8 +280,8 @@ def _split_with_tokenizer(
     inputs: Sequence[Input],
     work: Path,
     console: Console,
-) -> Split:
-    """The split, whose size in tokens the tokenizer tells, which is stored in the data set."""
+) -> tuple[Split, Tokenizer]:
+    """The split, and the tokenizer, which tells its size in tokens and is stored in the data set."""
     finished = work / "set"
     sample = partial(
         Sample, inputs, work, _split(settings, found), seed=settings.seed, skip_bad=settings.on_bad_record == "skip"
@@ -295,7 +298,7 @@ def _split_with_tokenizer(
     signals.check()
     bytes_per_token = _bytes_per_token(tokenizer, sample(n_bytes=MEASURED_BYTES))
     durable.check_space(finished, int(found.n_bytes / bytes_per_token) * token_dtype(tokenizer.size).itemsize)
-    return _split(settings, found, bytes_per_token)
+    return _split(settings, found, bytes_per_token), tokenizer
 
 
 def _tokenizer(
@@ -338,12 +341,13 @@ def _entries(path: Path) -> list[str]:
 
 def _bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """Measured on a little of the sample."""
+    encoder = Encoder(tokenizer, fast=False)
     n_bytes, n_tokens = 1, 1
     for text in texts:
         if n_bytes > MEASURED_BYTES:
             break
         n_bytes += len(text.encode())
-        n_tokens += len(tokenizer.encode(text))
+        n_tokens += len(encoder.encode([text])[0])
     return n_bytes / n_tokens
 
 
@@ -390,7 +394,7 @@ def _publish(plan: Plan, out: Path, tokenizer: Tokenizer, console: Console) -> R
     durable.publish(job.finished, out)
     how = ", ".join(sorted({one.how for one in made}))
     notes = [*plan.notes, totals, f"encoded by {how}"]
-    report = census(out, notes=notes, skipped=plan.skipped, n_skipped=plan.n_skipped)
+    report = census(out, tokenizer, notes=notes, skipped=plan.skipped, n_skipped=plan.n_skipped)
     show(report, console)
     return report
 

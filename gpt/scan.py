@@ -27,6 +27,7 @@ BUCKETS = 1 << 16  # of hashes, whose sizes are counted to cut at a fraction of 
 PIECE_CHARACTERS = 1 << 16  # a longer document is drawn in pieces of this length
 DOCUMENT_SHARE = 16  # of what is drawn from a source, one document is a sixteenth at most while there is other text
 RUN_ROWS = 1 << 10  # of the sample that are read at a time
+TOLD_BYTES = 1 << 18  # read, between two words of how far the pass is
 SHOWN_RECORDS = 100  # bad ones whose errors are kept
 SPLITS = ("train", "val")
 VAL = GIVEN.index("val")
@@ -56,19 +57,19 @@ class Split:
 
     def parts(
         self, given: str | None, text: str, n_bytes: int, value: int, source: int, prompted: bool
-    ) -> Iterator[Part]:
+    ) -> Sequence[Part]:
         """The parts of a document that have any text. `n_bytes` may count other bytes than the text's, if normalized."""
+        if self.mode == "hash":
+            return (Part("val" if value < self.threshold else "train", text, n_bytes, source, True, prompted),)
         if self.mode == "given":
-            yield Part(given or "train", text, n_bytes, source, True, prompted)
-        elif self.mode == "hash":
-            yield Part("val" if value < self.threshold else "train", text, n_bytes, source, True, prompted)
-        else:
-            cut = self.cut(len(text))
-            n_held_out = min(n_bytes, len(text[cut:].encode())) if cut else n_bytes
-            if cut:
-                yield Part("train", text[:cut], n_bytes - n_held_out, source, True)
-            if cut < len(text):
-                yield Part("val", text[cut:], n_held_out, source, not cut)
+            return (Part(given or "train", text, n_bytes, source, True, prompted),)
+        cut = self.cut(len(text))
+        n_held_out = min(n_bytes, len(text[cut:].encode())) if cut else n_bytes
+        both = (
+            Part("train", text[:cut], n_bytes - n_held_out, source, True),
+            Part("val", text[cut:], n_held_out, source, not cut),
+        )
+        return [part for part in both if part.text]
 
     def cut(self, n_characters: int) -> int:
         """Where the held-out tail of a document begins."""
@@ -112,12 +113,16 @@ def scan(
 
     with Writer(work) as table:
         for number, item in enumerate(inputs):
-            first = table.n_rows
+            first, n_bytes = table.n_rows, 0
             for document in corpus.documents(item.file, skip=skip if skip_bad else None, tally=left_out):
                 if check is not None:
                     check(document.text, f"{item.file.label}: document {table.n_rows - first + 1}")
                 table.add(document, number, item)
-                advance(document.n_bytes)
+                n_bytes += document.n_bytes
+                if n_bytes >= TOLD_BYTES:
+                    advance(n_bytes)
+                    n_bytes = 0
+            advance(n_bytes)
     return Pass(dict(left_out), n_skipped, skipped)
 
 

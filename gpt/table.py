@@ -4,11 +4,12 @@ Text that is not cheap to find again (compressed, columns, a stream) is copied b
 its text again in either place, and knows whether it is still the same.
 """
 
-import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from gpt.corpus import BadRecord, File
 
 ROWS = 1 << 14  # written, and read, at a time
 GROUP_ROWS = 1 << 22  # whose hashes are sorted at a time to find duplicates
-SPOOL_BYTES = 1 << 20  # read at a time, but at least one document
+RUN_BYTES = 1 << 19  # of a file or the spool, read again at a time, but at least one document
 
 ROW = np.dtype(
     [
@@ -106,14 +107,14 @@ class Writer:
 
     def add(self, document: corpus.Document, number: int, item: Input) -> None:
         """Append the document of file `number`."""
-        start, end = document.start, document.end
+        text, utf8, n_bytes, start, end = document
         if not item.file.direct:
             start = self._spool.size
-            self._spool.write(document.text.encode())
+            self._spool.write(utf8)
             end = self._spool.size
-        value, rest = _DIGEST.unpack(document.digest)
-        lengths = (document.n_bytes, len(document.text))
-        self._table.write(_ROW.pack(value, rest, start, end, *lengths, number, item.source, GIVEN.index(item.given), 0))
+        value, rest = _DIGEST.unpack(sha256(utf8).digest())
+        given = GIVEN.index(item.given)
+        self._table.write(_ROW.pack(value, rest, start, end, n_bytes, len(text), number, item.source, given, 0))
         self.n_rows += 1
 
     def __enter__(self) -> "Writer":
@@ -190,13 +191,41 @@ def texts(inputs: Sequence[Input], work: Path, rows: np.ndarray, *, skip_bad: bo
         yield from _direct(file, run, skip_bad) if file.direct else _spooled(file, work / "spool", run)
 
 
+def _runs(rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[tuple[int, int]]]]:
+    """`rows` of one file in runs of at most RUN_BYTES, or of one row, and where their texts stand."""
+    for block in np.split(rows, range(ROWS, len(rows), ROWS)) if len(rows) else ():  # few of them as integers at a time
+        starts, ends = block["start"].tolist(), block["end"].tolist()
+        first = 0
+        while first < len(block):
+            last = max(first + 1, bisect_right(ends, starts[first] + RUN_BYTES, first))
+            yield block[first:last], list(zip(starts[first:last], ends[first:last], strict=True))
+            first = last
+
+
+def _same(utf8: Iterable[bytes | memoryview], rows: np.ndarray) -> bool:
+    """Whether texts are those of `rows`."""
+    found = np.frombuffer(b"".join([sha256(text).digest() for text in utf8]), ">u8").reshape(-1, 4)
+    same = len(found) == len(rows) and (found[:, 0] == rows["value"]) & (found[:, 1] == rows["rest"])
+    return bool(np.all(same))
+
+
 def _direct(file: File, rows: np.ndarray, skip_bad: bool) -> Iterator[str]:
+    for run, places in _runs(rows):
+        is_long = places[-1][1] - places[0][0] > RUN_BYTES  # one document, of which there should be few copies
+        found = None if is_long else corpus.again(file, places)
+        if found is not None and _same(found[1], run):
+            yield from found[0]
+        else:
+            yield from _one_by_one(file, run, skip_bad)
+
+
+def _one_by_one(file: File, rows: np.ndarray, skip_bad: bool) -> Iterator[str]:
     skip = (lambda error: None) if skip_bad else None
     found = corpus.documents(file, int(rows[0]["start"]), int(rows[-1]["end"]), skip)
     try:
         for digest in values(rows, "value", "rest"):
             document = next(found, None)
-            if document is None or _DIGEST.unpack(document.digest) != digest:
+            if document is None or _DIGEST.unpack(sha256(document.utf8).digest()) != digest:
                 raise Changed(file.label)
             yield document.text
         if next(found, None) is not None:
@@ -206,20 +235,15 @@ def _direct(file: File, rows: np.ndarray, skip_bad: bool) -> Iterator[str]:
 
 
 def _spooled(file: File, spool: Path, rows: np.ndarray) -> Iterator[str]:
-    first = 0
     with spool.open("rb") as stream:
-        stream.seek(int(rows[0]["start"]))  # the texts of a file stand end to end
-        while first < len(rows):
-            start = int(rows[first]["start"])
-            last = int(np.searchsorted(rows["end"], np.uint64(start + SPOOL_BYTES), side="right"))
-            run = rows[first : max(last, first + 1)]
-            data = memoryview(stream.read(int(run[-1]["end"]) - start))
-            for begin, end, *digest in values(run, "start", "end", "value", "rest"):
-                part = data[begin - start : end - start]
-                if _DIGEST.unpack(hashlib.sha256(part).digest()) != tuple(digest):
-                    raise durable.CorruptError(
-                        f"{spool}: it does not hold the text of {file.label} that was scanned; delete {spool.parent} and"
-                        " prepare again"
-                    )
-                yield str(part, "utf-8")
-            first += len(run)
+        for run, places in _runs(rows):
+            begin = places[0][0]
+            stream.seek(begin)
+            data = memoryview(stream.read(places[-1][1] - begin))
+            found = [data[start - begin : end - begin] for start, end in places]
+            if not _same(found, run):
+                raise durable.CorruptError(
+                    f"{spool}: it does not hold the text of {file.label} that was scanned; delete {spool.parent} and"
+                    " prepare again"
+                )
+            yield from (str(text, "utf-8") for text in found)

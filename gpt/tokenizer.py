@@ -242,8 +242,9 @@ class Tokenizer:
         name = self._names.get(token)
         if name is None or token in self.control_ids:
             return b""
-        if self._spelling == "letters" and all(letter in BYTE_OF_LETTER for letter in name):
-            return bytes(BYTE_OF_LETTER[letter] for letter in name)
+        if self._spelling == "letters":
+            with suppress(KeyError):
+                return bytes([BYTE_OF_LETTER[letter] for letter in name])
         if self._spelling == "marks":  # SentencePiece's: a byte by its number, a space as a low line of its own
             return bytes([int(name[3:5], 16)]) if BYTE_NAME.fullmatch(name) else name.replace("▁", " ").encode()
         return self.decode([token]).encode()
@@ -291,9 +292,9 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """What a data set or checkpoint stores: tokenizer.json, and tokenizer_config.json, without which transformers
         would swap in the pre-tokenizer of a model type and read control tokens from text."""
-        contents = {"tokenizer.json": self._raw, "tokenizer_config.json": self._config}
         return {
-            name: (json.dumps(data, indent=1, ensure_ascii=True) + "\n").encode() for name, data in contents.items()
+            "tokenizer.json": (json.dumps(self._raw) + "\n").encode(),  # indented it takes Python's slow encoder
+            "tokenizer_config.json": (json.dumps(self._config, indent=1) + "\n").encode(),
         }
 
 

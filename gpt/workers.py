@@ -132,19 +132,24 @@ class _Shard:
         self._spans: list[tuple[int, int, int]] = []
         self.n_tokens = self.n_bytes = 0
 
-    def add(self, parts: Sequence[Part], encoded: Sequence[np.ndarray], spans: Sequence[Sequence[Span]]) -> None:
-        """Append texts, each with a start token in front of its ids; `spans` are of ids and start token, if any."""
+    def add(
+        self,
+        encoded: Sequence[np.ndarray],
+        n_bytes: Sequence[int],
+        sources: Sequence[int],
+        spans: Sequence[Sequence[Span]] | None = None,
+    ) -> None:
+        """Append texts, each with a start token in front of its ids; `spans` are of start token and ids, if any."""
         lengths = np.array([1 + len(ids) for ids in encoded])
-        index = np.empty(len(parts), DOCUMENT)
+        index = np.empty(len(encoded), DOCUMENT)
         index["start"] = self.n_tokens + np.cumsum(lengths) - lengths
-        index["n_bytes"] = [part.n_bytes for part in parts]
-        index["source"] = [part.source for part in parts]
+        index["n_bytes"], index["source"] = n_bytes, sources
         self._index.append(index)
-        for start, some in zip(index["start"].tolist(), spans, strict=False):
+        for start, some in zip(index["start"].tolist(), spans or (), strict=False):
             self._spans += [(start + span.start, start + span.end, SPAN_KINDS.index(span.kind)) for span in some]
         self._ids.append(np.concatenate([array for ids in encoded for array in (self._start, ids)]))
         self.n_tokens += int(lengths.sum())
-        self.n_bytes += sum(part.n_bytes for part in parts)
+        self.n_bytes += sum(n_bytes)
 
     def write(self, job: Job, name: str, tokenizer: Tokenizer) -> ShardEntry:
         """Write the shard into the data set."""
@@ -159,22 +164,26 @@ def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, 
     marked = any(item.prompted for item in job.inputs)
     n_documents = n_ids = 0
     for batch in _batches(parts(job.inputs, job.work, job.chunks[number], job.split, skip_bad=job.skip_bad)):
-        encoded, spans = _encoded(encoder, batch) if marked else (encoder.encode([part.text for part in batch]), [])
+        splits, texts, n_bytes, sources, begins, prompted = zip(*batch, strict=True)
+        encoded, spans = _marked(encoder, texts, prompted) if marked else (encoder.encode(texts), None)
         for split, shard in shards.items():
-            if own := [i for i, part in enumerate(batch) if part.split == split]:
-                shard.add([batch[i] for i in own], [encoded[i] for i in own], [spans[i] for i in own] if marked else [])
-        n_documents += sum(part.begins for part in batch)
+            if own := [i for i, each in enumerate(splits) if each == split]:
+                own_spans = None if spans is None else [spans[i] for i in own]
+                shard.add([encoded[i] for i in own], [n_bytes[i] for i in own], [sources[i] for i in own], own_spans)
+        n_documents += sum(begins)
         n_ids += sum(map(len, encoded))
-        advance(sum(part.n_bytes for part in batch))
+        advance(sum(n_bytes))
     filled = {split: shard for split, shard in shards.items() if shard.n_tokens}
     entries = {split: shard.write(job, f"{split}-{number:05d}.tok", tokenizer) for split, shard in filled.items()}
     made = Made(n_documents, n_ids, encoder.how, entries)
     durable.write_file(job.record(number), json.dumps(asdict(made)).encode())
 
 
-def _encoded(encoder: Encoder, batch: Sequence[Part]) -> tuple[list[np.ndarray], list[list[Span]]]:
+def _marked(
+    encoder: Encoder, texts: Sequence[str], prompted: Sequence[bool]
+) -> tuple[list[np.ndarray], list[list[Span]]]:
     """The ids of each text, prompts and answers encoded apart, and what of them is learned, start tokens included."""
-    parts = [segments(part.text) if part.prompted else [(part.text, True)] for part in batch]
+    parts = [segments(text) if has_prompt else [(text, True)] for text, has_prompt in zip(texts, prompted, strict=True)]
     each = iter(encoder.encode([text for some in parts for text, _ in some]))
     encoded, spans = [], []
     for some in parts:

@@ -44,7 +44,7 @@ def test_any_run_of_rows_gives_its_texts_from_files_and_from_the_spool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "ROWS", 7)
-    monkeypatch.setattr(table, "SPOOL_BYTES", 50)
+    monkeypatch.setattr(table, "RUN_BYTES", 50)
     inputs = store(
         tmp_path / "work",
         write(tmp_path / "a.jsonl", TEXTS[:20]),
@@ -62,6 +62,31 @@ def test_any_run_of_rows_gives_its_texts_from_files_and_from_the_spool(
     assert whole["n_chars"].tolist() == [len(text) for text in TEXTS]
     assert whole["given"].tolist() == [0] * 20 + [1] * 25 + [2] * 15
     assert (tmp_path / "work" / "spool").stat().st_size == sum(len(text.encode()) for text in TEXTS[20:45])
+
+
+def test_lines_parsed_together_give_what_each_gave(tmp_path: Path) -> None:
+    path, options = tmp_path / "a.jsonl", {"normalize": "nfc", "template": "{a}-{b}", "min_chars": 3}
+    lines = ['{"a": "e\u0301", "b": 1.50}', "", '{"a": "", "b": 2}', ' {"b": 1e400, "a": ["x", "y"]}\r', "  "]
+    path.write_text("\n".join([*lines, '{"a": "床", "a": "前", "b": NaN}']), encoding="utf-8-sig", newline="")
+    (file,) = corpus.files(corpus.Source(path=str(path), **options), tmp_path, tmp_path, print)  # type: ignore[arg-type]
+    with Writer(tmp_path) as writer:
+        for document in corpus.documents(file):
+            writer.add(document, 0, Input(file, 0, None))
+    found = corpus.again(file, [(document.start, document.end) for document in corpus.documents(file)])
+    assert found is not None and found[0] == ["é-1.5", "x\ny-Infinity", "前-NaN"]
+    assert read([Input(file, 0, None)], tmp_path, Table(tmp_path).read(0, 3)) == found[0]
+
+
+def test_broken_lines_that_mend_one_another_are_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "abc"}\n{"text": "def"}\n')
+    inputs = store(tmp_path / "work", path)
+    rows = Table(tmp_path / "work").read(0, 2)
+    path.write_text('{"text": "abc"}\n{"text": "\\ud800"}')
+    for changed in (path.read_text(), '{"text": "abc", \n"x" :  "def"}\n', '{"text": "abc"},{}\n"text": "def"}\n'):
+        path.write_text(changed)
+        with pytest.raises(Changed):
+            read(inputs, tmp_path / "work", rows)
 
 
 def test_duplicates_are_found_whatever_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

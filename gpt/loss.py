@@ -45,15 +45,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             trained = target != IGNORED
             index = torch.where(trained, target, 0)[:, None]
             logits = (part @ w.T).float()
-            slope: Tensor | float = 1.0
+            slope = trained[:, None]
             if softcap is not None:
                 bent = torch.tanh(logits / softcap)
-                logits, slope = softcap * bent, 1 - bent.square()
+                logits, slope = softcap * bent, slope * (1 - bent.square())
             log_p = logits.log_softmax(dim=-1)
             total -= torch.where(trained, log_p.gather(1, index)[:, 0], 0).sum()
             if grad_x is not None and grad_w is not None:
                 grad = log_p.exp().scatter_add(1, index, torch.full_like(log_p[:, :1], -1.0))
-                grad = (grad * slope * trained[:, None]).to(dtype)
+                grad = (grad * slope).to(dtype)
                 grad_x[start : start + rows] = grad @ w
                 grad_w += grad.T @ part
         if grad_x is not None and grad_w is not None:
@@ -72,9 +72,8 @@ class NextToken(nn.Module):
     """tokens, targets (B, T) int64 -> the sum of nats over the targets that are not IGNORED.
 
     `positions` and `doc_ids` (B, T) int64 say where documents packed into a row begin and end, `prefix` (B, T) bool what
-    is seen both ways (`GPT.features`). A sum,
-    so that the caller divides once by the number of targets of the whole batch: micro-batches cannot change the
-    objective.
+    is seen both ways (`GPT.features`). A sum, so that the caller divides once by the number of targets of the whole
+    batch: micro-batches cannot change the objective.
     """
 
     def __init__(self, model: GPT) -> None:

@@ -26,16 +26,12 @@ from gpt.positions import Angles, At, Learned, Position, RelativeBias, RopeScali
 class ModelConfig(Settings):
     """The shape of a decoder."""
 
-    vocab_size: int | None = Field(
-        None, ge=1, description="rows of the embedding; null: the tokenizer's size rounded up to 64"
-    )
+    vocab_size: int | None = Field(None, ge=1, description="rows of the embedding; null: the tokenizer's, up to 64")
     max_seq_len: Count | None = Field(None, ge=1, description="longest context in tokens; null: data.seq_len")
     n_layer: int = Field(6, ge=1, description="residual blocks")
     d_model: int = Field(256, ge=1, description="width of the residual stream")
     n_head: int = Field(4, ge=1, description="query heads")
-    n_kv_head: int | None = Field(
-        None, ge=1, description="key/value heads, a divisor of n_head; null: n_head, 1: multi-query"
-    )
+    n_kv_head: int | None = Field(None, ge=1, description="key/value heads, a divisor of n_head; null: n_head")
     head_dim: int | None = Field(None, ge=1, description="size of a head; null: d_model / n_head")
     d_ff: int | None = Field(
         None, ge=1, description="hidden width of the MLP; null: 8/3 d_model (gated) or 4 d_model, up to 64"
@@ -63,18 +59,14 @@ class ModelConfig(Settings):
     window: Count | None = Field(None, ge=1, description="sliding window: keys that a query sees, itself included")
     full_layers: tuple[int, ...] = Field((), strict=False, description="layers, from 0, without the sliding window")
     prefix_lm: bool = Field(False, description="tokens of a prompt see each other both ways")
-    qk_norm: bool | Literal["whole"] = Field(
-        True, description="normalize each head's query and key, or whole: all heads' together"
-    )
+    qk_norm: bool | Literal["whole"] = Field(True, description="normalize each head's q and k; whole: all heads'")
     attention_bias: bool | Literal["qkv"] = Field(
         False, description="biases in the attention's four projections, or in the three of queries, keys and values"
     )
     mlp_bias: bool = Field(False, description="biases in the MLP's projections")
     tie_embeddings: bool = Field(True, description="the output head is the embedding matrix")
     logit_softcap: float | None = Field(None, gt=0, description="logits are softcap * tanh(logits / softcap)")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout of the embeddings and of each branch before it is added"
-    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the embeddings and of each branch as it is added")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     init_output: Literal["scaled", "zero"] = Field(
         "scaled", description="projections back into the residual stream: init_std / sqrt(2 n_layer), or zero"
@@ -82,34 +74,10 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.head_dim is None and self.d_model % self.n_head:
-            raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_head ({self.n_head}), or set head_dim")
-        if self.n_head % self.n_group:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_group})")
-        self._check_positions()
-        for name in ("nope_layers", "full_layers"):
-            if beyond := [layer for layer in getattr(self, name) if not 0 <= layer < self.n_layer]:
-                raise ValueError(f"{name} names layer {beyond[0]}; the layers are 0 to {self.n_layer - 1}")
-        if self.full_layers and self.window is None:
-            raise ValueError("full_layers are layers without the sliding window; set window, or leave them out")
+        _check_heads(self)
+        _check_positions(self)
+        _check_layers(self)
         return self
-
-    def _check_positions(self) -> None:
-        if self.position == "rotary":
-            if self.d_rotary % 2:
-                name = "head_dim" if self.rotary_dim is None else "rotary_dim"
-                raise ValueError(f"{name} ({self.d_rotary}) must be even: RoPE rotates pairs")
-            if self.d_rotary > self.d_head:
-                raise ValueError(f"rotary_dim ({self.d_rotary}) must be at most head_dim ({self.d_head})")
-        elif self.rope_scaling is not None or self.rotary_dim is not None or self.nope_layers:
-            raise ValueError(
-                f"rope_scaling, rotary_dim and nope_layers are for position 'rotary', not {self.position!r}"
-            )
-        if self.position == "relative" and self.relative_max_distance <= self.relative_buckets // 2:
-            raise ValueError(
-                f"relative_max_distance ({self.relative_max_distance}) must be above half of relative_buckets"
-                f" ({self.relative_buckets})"
-            )
 
     @property
     def d_head(self) -> int:
@@ -129,11 +97,41 @@ class ModelConfig(Settings):
 
     @property
     def d_hidden(self) -> int:
-        width = 8 * self.d_model / 3 if self.gated else 4 * self.d_model
-        return self.d_ff or 64 * math.ceil(width / 64)
+        return self.d_ff or 64 * math.ceil((8 * self.d_model / 3 if self.gated else 4 * self.d_model) / 64)
 
     def window_of(self, layer: int) -> int | None:
         return None if layer in self.full_layers else self.window
+
+
+def _check_heads(config: ModelConfig) -> None:
+    if config.head_dim is None and config.d_model % config.n_head:
+        raise ValueError(f"d_model ({config.d_model}) must be a multiple of n_head ({config.n_head}), or set head_dim")
+    if config.n_head % config.n_group:
+        raise ValueError(f"n_head ({config.n_head}) must be a multiple of n_kv_head ({config.n_group})")
+
+
+def _check_positions(config: ModelConfig) -> None:
+    scaling, buckets, furthest = config.rope_scaling, config.relative_buckets, config.relative_max_distance
+    if config.position == "rotary":
+        if config.d_rotary % 2:
+            name = "head_dim" if config.rotary_dim is None else "rotary_dim"
+            raise ValueError(f"{name} ({config.d_rotary}) must be even: RoPE rotates pairs")
+        if config.d_rotary > config.d_head:
+            raise ValueError(f"rotary_dim ({config.d_rotary}) must be at most head_dim ({config.d_head})")
+        if scaling is not None and scaling.kind == "dynamic" and config.d_rotary == 2:
+            raise ValueError("dynamic scaling stretches the slower pairs, and 2 columns are one pair: use 'linear'")
+    elif scaling is not None or config.rotary_dim is not None or config.nope_layers:
+        raise ValueError(f"rope_scaling, rotary_dim and nope_layers are for position 'rotary', not {config.position!r}")
+    if config.position == "relative" and furthest <= buckets // 2:
+        raise ValueError(f"relative_max_distance ({furthest}) must be above half of relative_buckets ({buckets})")
+
+
+def _check_layers(config: ModelConfig) -> None:
+    for name, layers in (("nope_layers", config.nope_layers), ("full_layers", config.full_layers)):
+        if beyond := [layer for layer in layers if not 0 <= layer < config.n_layer]:
+            raise ValueError(f"{name} names layer {beyond[0]}; the layers are 0 to {config.n_layer - 1}")
+    if config.full_layers and config.window is None:
+        raise ValueError("full_layers are layers without the sliding window; set window, or leave them out")
 
 
 def position_of(config: ModelConfig) -> Position:
@@ -194,8 +192,7 @@ class Attention(nn.Module):
         self.q_normed, self.k_normed = ((1, H * D), (1, G * D)) if whole else ((H, D), (G, D))
         self.q_norm = norm_of(config, self.q_normed[1]) if config.qk_norm else nn.Identity()
         self.k_norm = norm_of(config, self.k_normed[1]) if config.qk_norm else nn.Identity()
-        turns = config.position == "rotary" and layer not in config.nope_layers
-        self.turn: Callable[..., tuple[Tensor, Tensor]] = rotate if turns else keep
+        self.turn = keep if layer in config.nope_layers else rotate
 
     def project(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), rotated to their positions."""
@@ -318,15 +315,17 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        T = tokens.shape[1]
+        T, device = tokens.shape[1], tokens.device
         total = T if cache is None else cache.longest + T
         if total > self.max_seq_len:
             raise ValueError(f"{total} tokens do not fit the model's context (max_seq_len {self.max_seq_len})")
         slots = None if cache is None else cache.positions(T)  # of the cache's rows
         at = At(slots if positions is None else positions, T, total)
-        masks = {window: self.mask(at, doc_ids, cache, slots, prefix, window) for window in set(self.windows)}
+        queries = at.rows(device)
+        keys = queries if cache is None or cache.empty else torch.arange(total, device=device)[None]
+        angles, bias = self.position.angles(at), self.position.bias(queries, keys)
+        masks = {window: self.mask(window, bias, tokens, doc_ids, cache, slots, prefix) for window in set(self.windows)}
         x = self.dropout(self.embed_norm(self.position.embed(self.embed_tokens(tokens), at)))  # (B, T, C)
-        angles = self.position.angles(at)
         for block, window in zip(self.layers, self.windows, strict=True):
             x = block(x, angles, masks[window], cache, slots)
         if cache is not None:
@@ -335,24 +334,21 @@ class Decoder(nn.Module):
 
     def mask(
         self,
-        at: At,
+        window: int | None,
+        bias: Tensor | None,
+        tokens: Tensor,
         doc_ids: Tensor | None,
         cache: KVCache | None,
         slots: Tensor | None,
         prefix: Tensor | None,
-        window: int | None,
     ) -> Mask:
-        """What the queries of this step see: inside documents, over the cache, within the window, with the scores' bias."""
-        device = self.embed_tokens.weight.device
-        queries = at.rows(device)
+        """What these queries see: inside documents, over the cache, within the window, with the scores' bias."""
         if cache is not None and not cache.empty:
             assert slots is not None and doc_ids is None and prefix is None, "a cache holds one document a row"
-            bias = self.position.bias(queries, torch.arange(at.total, device=device)[None])
             return Mask(causal=False, allowed=cache.visible(slots, window), bias=bias)
-        bias = self.position.bias(queries, queries)
         if self.flex is not None and doc_ids is not None and prefix is None and bias is None:
             return masked_blocks(doc_ids, self.flex, window)
-        return masked(at.n_tokens, doc_ids=doc_ids, window=window, prefix=prefix, bias=bias, device=device)
+        return masked(tokens.shape[1], doc_ids=doc_ids, window=window, prefix=prefix, bias=bias, device=tokens.device)
 
 
 class Softcap(nn.Module):

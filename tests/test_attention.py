@@ -1,20 +1,16 @@
 """Attention: each kernel against the formula written out, and the masks against what a pair may see."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import Build, Tokens
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.attention import Mask, attend, masked, masked_blocks, written_out
-from gpt.model import GPT
-
-Build = Callable[..., GPT]
-Tokens = Callable[..., Tensor]
 
 HEADS = [(4, 4), (4, 2), (4, 1)]  # multi-head, grouped, multi-query
 
@@ -52,6 +48,64 @@ def masks(T: int) -> dict[str, tuple[Mask, Tensor]]:
         "not causal": (Mask(causal=False, allowed=scattered), scattered),
         "all": (Mask(causal=False), torch.ones_like(causal)),
     }
+
+
+def test_a_mask_allows_the_pairs_that_a_loop_over_all_of_them_allows() -> None:
+    ids, T = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [5, 5, 3, 3, 3, 3, 3, 3]]), 8
+    prompt = torch.tensor([[1, 1, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 0, 0]]).bool()
+    for documents in (None, ids):
+        for prefix in (None, prompt):
+            for window in (None, 1, 3, 20):
+                expected = torch.zeros(2, 1, T, T, dtype=torch.bool)
+                for b in range(2):
+                    for t in range(T):
+                        for s in range(T):
+                            past = s <= t and (window is None or t - s < window)
+                            both = prefix is not None and bool(prefix[b, t] and prefix[b, s])
+                            same = documents is None or documents[b, t] == documents[b, s]
+                            expected[b, 0, t, s] = (past or both) and same
+                mask = masked(T, doc_ids=documents, window=window, prefix=prefix)
+                allowed = torch.ones(1, 1, T, T, dtype=torch.bool) if mask.allowed is None else mask.allowed
+                allowed = allowed & torch.ones(T, T, dtype=torch.bool).tril() if mask.causal else allowed
+                assert torch.equal(allowed.expand_as(expected), expected)
+
+
+@pytest.mark.parametrize("kind", masks(1))
+@pytest.mark.parametrize("T", [5, 300])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_bias_is_added_to_the_scores_before_the_softmax(kind: str, T: int, rows: int) -> None:
+    mask, allowed = masks(T)[kind]
+    bias = normal(rows, 4, T, T, seed=7).requires_grad_()
+    q, k, v = heads(4, 2, T)
+    scores = q @ k.repeat_interleave(2, dim=1).mT / math.sqrt(8) + bias
+    expected = scores.masked_fill(~allowed, -math.inf).softmax(dim=-1) @ v.repeat_interleave(2, dim=1)
+    biased = Mask(mask.causal, mask.allowed, bias)
+    direction = normal(*expected.shape, seed=5)
+    slow = torch.autograd.grad(expected, bias, direction)[0]
+    for ours in (written_out(q, k, v, biased), attend(q, k, v, biased)):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(ours, bias, direction)[0], slow, atol=1e-11, rtol=1e-11)
+
+
+def test_torchs_kernel_is_given_the_bias_and_the_mask() -> None:
+    q, k, v = heads(4, 2, T=520)
+    bias = normal(1, 4, 520, 520, seed=7)
+    for kind, (mask, _) in masks(520).items():
+        biased = Mask(mask.causal, mask.allowed, bias)
+        torch.testing.assert_close(
+            attend(q, k, v, biased),
+            written_out(q, k, v, biased),
+            atol=1e-12,
+            rtol=0,
+            msg=lambda text, kind=kind: kind + text,
+        )
+
+
+def test_what_is_hidden_has_no_weight_at_all() -> None:
+    """-inf before the softmax: scores multiplied by zeros would leave it a weight."""
+    q, k, v = heads(4, 4, T=6)
+    v[:, :, 3:] = 1e9
+    assert attend(q, k, v, Mask())[:, :, :3].abs().max() < 10
 
 
 @pytest.mark.parametrize("kind", masks(1))

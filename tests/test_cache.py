@@ -3,17 +3,12 @@
 import pytest
 import torch
 from conftest import Build, Tokens
+from variants import VARIANTS
 
 from gpt.model import GPT
 
-SHAPES = {
-    "llama": {"n_kv_head": 2, "qk_norm": False},
-    "qwen3, odd heads": {"n_kv_head": 1, "head_dim": 6, "qk_norm": True},
-    "plain": {"norm": "layernorm", "mlp": "gelu", "attention_bias": True, "mlp_bias": True},
-}
 
-
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def model(request: pytest.FixtureRequest, build: Build) -> GPT:
     return build(**request.param)
 

@@ -14,6 +14,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from variants import VARIANTS
 
 from gpt import tokenizer as tokenizers
 from gpt.generate import Column, Event, Sampling, StopText, complete, generate
@@ -69,12 +70,13 @@ def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events)
 
 
-def slow_greedy(model: GPT, ids: list[int], n_tokens: int) -> tuple[list[int], list[float]]:
-    """The obvious way: the whole row again for every token."""
+def slow_greedy(model: GPT, ids: list[int], n_tokens: int, n_prefix: int = 0) -> tuple[list[int], list[float]]:
+    """The obvious way: the whole row again for every token; its first `n_prefix` see each other."""
     ids, logprobs = list(ids), []
     for _ in range(n_tokens):
+        prefix = (torch.arange(len(ids)) < n_prefix)[None] if n_prefix else None
         with torch.inference_mode():
-            scores = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+            scores = model(torch.tensor([ids]), prefix=prefix)[0, -1].log_softmax(-1)
         ids.append(int(scores.argmax()))
         logprobs.append(float(scores[ids[-1]]))
     return ids[-n_tokens:], logprobs
@@ -174,6 +176,43 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model: GPT, sampling: Samp
         alone = run(model, [prompt], sampling, 20, seed=100 + index)
         assert row(together, index) == row(alone)
         assert [c.logprobs[index] for c in together] == pytest.approx([c.logprobs[0] for c in alone], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_decoder_decodes_as_in_the_full_forward(name: str) -> None:
+    model = build(**(VARIANTS[name] | {"init_std": 0.2}))
+    n_prefix = 4 if model.config.prefix_lm else 0
+    prompts = [[1, 5, 9, 2], [1, 7, 7, 30]]
+    if "dynamic" in name:  # beyond the original context a cached key keeps the angle of when it was read
+        prompts = [prompt[:2] for prompt in prompts]
+    n_tokens = 14 if "dynamic" in name else 24
+    columns = run(model, prompts, max_tokens=n_tokens)
+    for index, prompt in enumerate(prompts):
+        ids, logprobs = slow_greedy(model, prompt, n_tokens, n_prefix)
+        assert row(columns, index) == ids
+        assert [column.logprobs[index] for column in columns] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_a_prefix_lm_reads_prompts_of_unequal_length_both_ways_each_as_alone() -> None:
+    model = build(prefix_lm=True)
+    prompts = [[1], [1, 7, 7, 30, 2, 9], [1, 40, 3]]
+    together = run(model, prompts, max_tokens=10)
+    for index, prompt in enumerate(prompts):
+        assert row(together, index) == slow_greedy(model, prompt, 10, len(prompt))[0]
+    causal = build()
+    assert row(together, 1) != slow_greedy(causal, prompts[1], 10)[0]
+
+
+def test_a_prefix_lm_keeps_what_is_left_of_the_prompt_when_the_context_is_full() -> None:
+    model = build(max_seq_len=8, prefix_lm=True)
+    window, n_prefix, expected = [1, 5, 9, 4, 3, 2], 6, []
+    for _ in range(15):
+        if len(window) > 8:
+            n_prefix = 1 + max(0, n_prefix - (len(window) - 4))  # the first token, and what stood among the last four
+            window = window[:1] + window[-4:]
+        expected += slow_greedy(model, window, 1, n_prefix)[0]
+        window.append(expected[-1])
+    assert row(run(model, [[1, 5, 9, 4, 3, 2]], max_tokens=15)) == expected
 
 
 def test_top_k_one_is_greedy(model: GPT) -> None:
@@ -393,9 +432,10 @@ def test_the_end_token_ends_the_text_and_is_not_shown(tokenizer: Tokenizer) -> N
 
 
 def test_other_control_tokens_are_never_drawn(tokenizer: Tokenizer) -> None:
-    assert tokenizer.im_end_id is not None
-    events = say(tokenizer, [tokenizer.im_end_id] * 5)
-    assert tokenizer.im_end_id not in {event.id for event in events}
+    others = tokenizer.control_ids - {tokenizer.end_id}
+    assert others
+    for control in others:
+        assert not {event.id for event in say(tokenizer, [control] * 5)} & others
 
 
 def test_control_words_in_a_prompt_are_text(speaker: GPT, tokenizer: Tokenizer) -> None:

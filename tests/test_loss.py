@@ -50,6 +50,21 @@ def test_sum_and_gradients_equal_torchs_cross_entropy(dtype: torch.dtype, ignore
         torch.testing.assert_close(our_grad, torchs_grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [1.0, 15.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.usefixtures("chunks")
+def test_with_a_softcap_it_is_torchs_cross_entropy_of_the_capped_logits(dtype: torch.dtype, softcap: float) -> None:
+    features, head, targets = sample(dtype, 11)
+    ours = ChunkedCrossEntropy.apply(features, head, targets, softcap, dtype, True)
+    capped = softcap * torch.tanh(features @ head.T / softcap)
+    torchs = F.cross_entropy(capped, targets, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(ours, torchs.float(), rtol=1e-6, atol=1e-5)
+    for our_grad, torchs_grad in zip(
+        torch.autograd.grad(ours, (features, head)), torch.autograd.grad(torchs, (features, head)), strict=True
+    ):
+        torch.testing.assert_close(our_grad, torchs_grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.usefixtures("chunks")
 def test_nothing_to_learn_costs_nothing_and_moves_nothing() -> None:
     features, head, targets = sample(torch.float32, N)
@@ -69,7 +84,7 @@ def test_an_overconfident_head_gives_finite_loss_and_gradients() -> None:
 
 
 def test_the_objective_is_the_models_cross_entropy(build: Build, tokens: Tokens) -> None:
-    for settings in ({"tie_embeddings": True}, {"tie_embeddings": False}):
+    for settings in ({"tie_embeddings": True}, {"tie_embeddings": False}, {"logit_softcap": 3.0}):
         model, x, y = build(**settings), tokens(3, 9), tokens(3, 9, seed=1)
         y[0, 4:] = IGNORED
         names = dict(model.named_parameters())

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from conftest import Build
 from pydantic import ValidationError
 
 from gpt import plan, runtime
 from gpt.model import GPT, ModelConfig
 from gpt.plan import Choices, TrainingConfig, choose
 
-Build = Callable[..., GPT]
 MINUTE = 60.0
 
 
@@ -239,13 +239,32 @@ def test_the_machine_is_chosen_with_its_reasons(monkeypatch: pytest.MonkeyPatch)
 # Costs
 
 
-def test_parameters_of_gpt2_are_counted_exactly() -> None:
+PUBLISHED = {
+    "gpt-1": (116_534_784, {"vocab_size": 40_478, "max_seq_len": 512, "norm_at": "post"}),
+    "gpt-2": (124_439_808, {"vocab_size": 50_257, "max_seq_len": 1024}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_models_are_counted_exactly(name: str) -> None:
+    count, shape = PUBLISHED[name]
     config = ModelConfig(
-        vocab_size=50_257, max_seq_len=1024, n_layer=12, d_model=768, n_head=12, d_ff=3072, mlp="gelu",
-        norm="layernorm", qk_norm=False, attention_bias=True, mlp_bias=True,
+        n_layer=12, d_model=768, n_head=12, mlp="gelu_tanh", norm="layernorm", qk_norm=False, position="learned",
+        attention_bias=True, mlp_bias=True, **shape,
     )  # fmt: skip
     with torch.device("meta"):
-        assert plan.n_parameters(GPT(config)) == 124_439_808 - 1024 * 768  # the paper's model learns its positions
+        assert plan.n_parameters(GPT(config)) == count
+
+
+def test_positions_are_looked_up_and_cost_no_products(build: Build) -> None:
+    costs = {kind: plan.flops_per_token(build(position=kind), 10) for kind in ("none", "learned", "relative", "rotary")}
+    assert len(set(costs.values())) == 1
+
+
+def test_a_layer_pays_for_the_keys_that_its_window_lets_it_see(build: Build) -> None:
+    whole = plan.flops_per_token(build(n_layer=3), 20)
+    assert whole - plan.flops_per_token(build(n_layer=3, window=5, full_layers=(1,)), 20) == 2 * 12 * 32 * (20 - 5)
+    assert whole == plan.flops_per_token(build(n_layer=3, window=100), 20)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ WIDTHS = {  # bytes of an element; what is no weight (masks, positions) is measu
 MAX_HEADER = 100_000_000  # bytes: the format's own limit
 MAX_DIMENSIONS = 8
 PIECE = 1 << 19  # elements read, converted and checked at once, while they are in its cache
+READERS = min(8, os.cpu_count() or 1)  # threads: memory that is new costs more than the copy into it
 
 
 class Stored(NamedTuple):
@@ -98,19 +100,25 @@ def read(entries: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     ValueError for one that is no floating-point tensor, or in which something is not finite; CorruptError where the file
     ends before the tensor does.
     """
-    for name, entry in entries.items():
-        yield name, _read_one(entry)
+    with ThreadPoolExecutor(READERS) as pool:
+        for name, entry in entries.items():
+            yield name, _read_one(entry, pool)
 
 
-def _read_one(entry: Stored) -> Tensor:
+def _read_one(entry: Stored, pool: Executor) -> Tensor:
     where = f"{entry.file}: {entry.name}"
     if entry.dtype not in FLOATS:
         raise ValueError(f"{where} is stored as {entry.dtype}; expected F32, F16 or BF16")
     tensor = torch.empty(entry.shape)
     flat = tensor.view(-1)
     with entry.file.open("rb", buffering=0) as handle:
-        for start in range(0, flat.numel(), PIECE):
-            _read_piece(handle.fileno(), entry, start, flat[start : start + PIECE])
+        pieces = [
+            pool.submit(_read_piece, handle.fileno(), entry, start, flat[start : start + PIECE])
+            for start in range(0, flat.numel(), PIECE)
+        ]
+        wait(pieces)  # before the file is closed
+    for piece in pieces:
+        piece.result()
     return tensor
 
 

@@ -16,14 +16,15 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt import signals
 
 if TYPE_CHECKING:  # --help and bad flags answer before torch is loaded
-    from gpt.chat import Message
-    from gpt.generate import Event, Sampling
+    from gpt.conversations import Message
+    from gpt.generate import Event, Past, Sampling
     from gpt.model import GPT
     from gpt.tokenizer import Tokenizer
 
@@ -169,14 +170,17 @@ def record(tokenizer: "Tokenizer", prompt: str, events: "list[Event]", seed: int
 
 def talk(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
     """A conversation from stdin, a message a line; a line that begins with / is a command."""
-    from gpt.chat import Message, format_of
+    from gpt.chat import reply_ends
+    from gpt.generate import Past
 
-    note(f"chat format: {format_of(tokenizer).name}")  # one that is unknown is refused before anything is typed
+    ends = reply_ends(tokenizer)  # a template that cannot be used is refused before anything is typed
+    note(f"chat template: {'ChatML' if tokenizer.chat_template is None else 'the one of its tokenizer'}")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in a conversation Ctrl-C stops a reply, not the program
     terminal = sys.stdin.isatty()
     if terminal:
         note(CHAT_HELP)
-    messages: list[Message] = [Message("system", args.system)] if args.system is not None else []
+    messages: list[Message] = [{"role": "system", "content": args.system}] if args.system is not None else []
+    past = Past()
     while True:
         try:
             line = input("> " if terminal else "")
@@ -188,17 +192,16 @@ def talk(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None
         if line.startswith("/"):
             note(command(line, messages, args))
         elif line.strip():
-            answer(model, tokenizer, [*messages, Message("user", line)], messages, args)
+            asked = [*messages, {"role": "user", "content": line}]
+            messages[:] = answer(model, tokenizer, asked, ends, past, args) or messages
 
 
 def command(line: str, messages: "list[Message]", args: argparse.Namespace) -> str:
     """Carry out a /command on the conversation or the options; what to tell the user."""
-    from gpt.chat import Message
-
     name, _, rest = line.strip().partition(" ")
-    has_system = bool(messages) and messages[0].role == "system"
+    has_system = bool(messages) and messages[0]["role"] == "system"
     if name == "/system" and rest:
-        messages[:has_system] = [Message("system", rest)]
+        messages[:has_system] = [{"role": "system", "content": rest}]
         return "system message set"
     if name == "/undo":
         if len(messages) == has_system:
@@ -224,20 +227,28 @@ def command(line: str, messages: "list[Message]", args: argparse.Namespace) -> s
 
 
 def answer(
-    model: "GPT", tokenizer: "Tokenizer", asked: "list[Message]", messages: "list[Message]", args: argparse.Namespace
-) -> None:
-    """Stream a reply to `asked`, and keep both in the conversation; a message that does not fit changes nothing."""
-    from gpt.chat import Message, drop_oldest, encode, reply_ends
+    model: "GPT",
+    tokenizer: "Tokenizer",
+    asked: "list[Message]",
+    ends: set[int],
+    past: "Past",
+    args: argparse.Namespace,
+) -> "list[Message] | None":
+    """Stream a reply to `asked`, of which only what `past` has not is read. The conversation that it makes, whose oldest
+    exchanges go when the context is full; None, with an error shown, for a message that does not fit."""
+    from gpt.chat import drop_oldest, encode
+    from gpt.conversations import Conversation
     from gpt.generate import complete
 
-    context = model.config.max_seq_len or 0
-    kept = drop_oldest(tokenizer, asked, context - min(args.max_tokens, context // 2))
-    if len(kept) < len(asked):
-        note(f"(the oldest {len(asked) - len(kept)} messages no longer fit the context of {context} tokens: dropped)")
+    context, now = model.config.max_seq_len or 0, datetime.now()
     said = ""
-    prompt = encode(tokenizer, kept, reply=True).ids
-    seed = args.seed + len(asked)  # another draw for each turn
     try:
+        room = context - min(args.max_tokens, context // 2)
+        kept = drop_oldest(tokenizer, Conversation(tuple(asked)), room, now=now)
+        if n_dropped := len(asked) - len(kept.messages):
+            note(f"(the oldest {n_dropped} messages no longer fit the context of {context} tokens: dropped)")
+        prompt = encode(tokenizer, kept, reply=True, now=now).ids
+        seed = args.seed + len(asked)  # another draw for each turn
         for event in complete(
             model,
             tokenizer,
@@ -246,18 +257,19 @@ def answer(
             args.max_tokens,
             seed=seed,
             stop=args.stop,
-            stop_ids=reply_ends(tokenizer),
+            stop_ids=ends,
+            past=past,
         ):
             said += event.text
             print(event.text, end="", flush=True)
             signals.check()
     except ValueError as error:
         note(f"error: {error}")
-        return
+        return None
     except KeyboardInterrupt:
         note(" (stopped)")
     print()
-    messages[:] = [*kept, Message("assistant", said)]
+    return [*kept.messages, {"role": "assistant", "content": said}]
 
 
 def main(argv: list[str]) -> int:

@@ -30,10 +30,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar="PREFIX",
         help="print every setting with type, default and meaning, and stop",
     )
+    parser.add_argument("--plan", action="store_true", help="print what each way of training needs of memory, and stop")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="with --plan: what there is, like 12GB; else what is free here"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args, unknown = parser.parse_known_intermixed_args(argv)  # settings may follow flags
     if unknown:
         parser.error(f"unknown flag {unknown[0]}; settings have no dashes: section.key=value (--keys lists them)")
+    if args.memory is not None and not args.plan:
+        parser.error("--memory is what --plan fits settings into; say --plan too")
     return args
 
 
@@ -42,7 +48,7 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gpt import config, prepare
+    from gpt import budget, config, memory, page, prepare
     from gpt.trainer import TrainConfig, train
 
     if args.keys is not None:
@@ -58,6 +64,10 @@ def main(argv: list[str]) -> None:
         print(config.dump(settings), end="")
         return
     console = Console()
+    if args.plan:
+        for block in budget.blocks(settings, None if args.memory is None else memory.size(args.memory)):
+            page.draw(block, console)
+        return
     data = settings.data
     for name in [data.path] if data.path is not None else data.mixture or []:
         out, recipe = Path(name), Path(f"{name}.yaml")

@@ -230,7 +230,7 @@ class BinSet:
     file is read as the first; where a file has none at either end, one is put before it.
     """
 
-    has_spans = False
+    has_spans = conversations = pairs = False
 
     def __init__(self, path: Path, split: str, vocabulary: Tokenizer) -> None:
         self.path, self._files = path, _files(path, split)

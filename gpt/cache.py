@@ -78,3 +78,12 @@ class KVCache:
         self.lengths.copy_(lengths)
         self.longest = int(lengths.max())
         self._even = bool((lengths == self.longest).all())
+
+    def spread(self, rows: Tensor, max_len: int) -> "KVCache":
+        """A cache with room for `max_len` positions, whose row i begins as a copy of row rows[i] ((n,) int64)."""
+        n_layer, _, n_kv_head, _, head_dim = self.k_LBGSD.shape
+        wide = KVCache(n_layer, len(rows), n_kv_head, max_len, head_dim, self.k_LBGSD.device, self.k_LBGSD.dtype)
+        wide.k_LBGSD[:, :, :, : self.longest] = self.k_LBGSD[:, rows, :, : self.longest]
+        wide.v_LBGSD[:, :, :, : self.longest] = self.v_LBGSD[:, rows, :, : self.longest]
+        wide.rewind(self.lengths[rows])
+        return wide

@@ -1,7 +1,7 @@
 """Checkpoints: a directory that exists whole or not at all, a Hugging Face model with what resume needs beside it.
 
-Tensors are safetensors, the rest JSON and YAML. Every file's sha256 stands in manifest.json, written last, and is checked
-before anything is used.
+That of an adapter holds no base: what was trained, in PEFT's form, and the base's name. Tensors are safetensors, the
+rest JSON and YAML. Every file's sha256 stands in manifest.json, written last, and is checked before anything is used.
 """
 
 import json
@@ -21,7 +21,8 @@ from gpt.durable import CorruptError
 from gpt.run import MANIFEST, checkpoint_path, saved_steps
 
 FORMAT = 1
-WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer-00000-of-00001.safetensors"
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"  # one or the other
+OPTIMIZER = "optimizer-00000-of-00001.safetensors"
 STATE, SETTINGS = "state.json", "run.yaml"
 PART = 64 << 20  # bytes of a tensor handed to the disk at once
 DTYPES = {
@@ -77,8 +78,9 @@ def save(
     optimizer: Mapping[str, Tensor],
     run_yaml: str,
     state: Mapping[str, Any],
+    weights_file: str = WEIGHTS,
 ) -> None:
-    """Write a checkpoint to `path`, whole or not at all.
+    """Write a checkpoint to `path`, whole or not at all; `weights_file` is ADAPTER where the weights are an adapter's.
 
     FloatingPointError, with nothing written, for a weight that is not finite.
     """
@@ -91,7 +93,7 @@ def save(
     }
     contents: dict[str, Any] = {
         **{name: [data] for name, data in model_files.items()},
-        WEIGHTS: serialize(weights, {"format": "pt"}),
+        weights_file: serialize(weights, {"format": "pt"}),
         OPTIMIZER: serialize(optimizer, slices),
         SETTINGS: [run_yaml.encode()],
         STATE: [json.dumps(state, indent=1).encode()],
@@ -107,7 +109,8 @@ def verify(path: Path) -> None:
     try:
         told = json.loads(manifest.read_bytes())
         version, files = told["format"], told["sha256"]
-        forgotten = sorted({WEIGHTS, OPTIMIZER, STATE, SETTINGS} - files.keys())
+        needed = {ADAPTER if ADAPTER in files else WEIGHTS, OPTIMIZER, STATE, SETTINGS}
+        forgotten = sorted(needed - files.keys())
     except FileNotFoundError:
         raise CorruptError(f"{manifest} is missing; {_advice(path)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

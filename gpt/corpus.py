@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from gpt import durable, fetch, fields, formats, hub, signals
+from gpt import conversations, durable, fetch, fields, formats, hub, signals
 from gpt.config import Settings
 from gpt.formats import BadRecord, Form
 
@@ -64,6 +64,14 @@ class Source(Settings):
     prompt: str | None = Field(
         None, description="the field that holds a prompt: it stands before the text, and only the text is learned"
     )
+    chat: bool = Field(
+        False,
+        description="records are conversations (messages, ShareGPT's, prompt and completion, instruction and output), of "
+        "which the assistant's turns are learned",
+    )
+    preference: bool = Field(
+        False, description="records are pairs: chosen and rejected, whole conversations or answers to a prompt"
+    )
     separator: str | None = Field(
         None, description="what stands between documents in a text file; null: a file is a document"
     )
@@ -98,6 +106,8 @@ class Source(Settings):
         if len(ways) > 1:
             raise ValueError(f"an input has one of {' and '.join(ways)}, not both")
         ways += ["prompt"] if self.prompt is not None else []
+        if self.spoken is not None:
+            self._check_spoken(ways)
         if ways and self.separator is not None:
             raise ValueError(f"an input has {ways[0]} (records) or a separator (text), not both")
         if self.prompt is not None and (self.ids is not None or self.begins is not None):
@@ -117,6 +127,14 @@ class Source(Settings):
             raise ValueError("sha256 is the hash of the file behind url, and this input has none")
         return self._of_the_hub()
 
+    def _check_spoken(self, ways: list[str]) -> None:
+        if self.chat and self.preference:
+            raise ValueError("an input has conversations (chat) or pairs of them (preference), not both")
+        way = "chat" if self.chat else "preference"
+        ways += [name for name in ("separator", "begins") if getattr(self, name) is not None]
+        if ways:
+            raise ValueError(f"with {way} a record is a conversation as a whole; leave {' and '.join(ways)} out")
+
     def _of_the_hub(self) -> Self:
         if self.hub is not None:
             hub.parse(self.hub)
@@ -125,6 +143,24 @@ class Source(Settings):
         elif self.config is not None or self.data_files is not None or self.streaming or self.split != "train":
             raise ValueError("config, split, data_files and streaming belong to hub inputs")
         return self
+
+    @property
+    def spoken(self) -> fields.Spoken | None:
+        """What its records are as a whole, if they are no text."""
+        return "chat" if self.chat else "pair" if self.preference else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether its documents are only partly learned, so that none may be cut."""
+        return self.prompt is not None or self.spoken is not None
+
+    def picker(self) -> Callable[[Any], str]:
+        """What makes a text of its records that are no text."""
+        return fields.picker(self.field, self.template, self.ids, self.prompt, self.spoken)
+
+    def columns(self) -> frozenset[str]:
+        """The fields of a record that it reads; none named are all."""
+        return fields.columns(self.field, self.template, self.ids, self.prompt, self.spoken)
 
     @property
     def label(self) -> str:
@@ -163,7 +199,7 @@ class File:
 class Document(NamedTuple):
     """A document's text and where it stands: bytes start .. end - 1 of a direct file, else records start .. end - 1.
 
-    A prompt ends with fields.BORDER, where the source has prompts.
+    A prompt ends with fields.BORDER, where the source has prompts; a conversation's text is its canonical JSON.
     """
 
     text: str
@@ -194,8 +230,7 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
         return [file(fetch.fetch(source.url, source.sha256, downloads, say), source.url, explicit=True)]
     if source.hub is not None:
         chosen = hub.choose(source.hub, source.config, source.split, source.data_files)
-        columns = fields.columns(source.field, source.template, source.ids, source.prompt)
-        found = hub.stream(chosen, columns, spool, say) if source.streaming else hub.download(chosen, say)
+        found = hub.stream(chosen, source.columns(), spool, say) if source.streaming else hub.download(chosen, say)
         return [file(path, label, explicit=False) for path, label in found]
     if source.python is not None:
         return [file(path, str(path), explicit=False) for path in _standard_library(source.exclude)]
@@ -239,7 +274,7 @@ def _form(source: Source, label: str, name: str) -> Form:
 
 
 def _has_fields(source: Source) -> bool:
-    return any(getattr(source, way) is not None for way in ("field", "template", "ids", "prompt"))
+    return any(getattr(source, way) is not None for way in ("field", "template", "ids", "prompt", "spoken"))
 
 
 def _copied(stream: BinaryIO, path: Path) -> Path:
@@ -332,7 +367,7 @@ def again(file: File, places: Sequence[tuple[int, int]]) -> tuple[list[str], lis
         raw.seek(begin)
         data = raw.read(places[-1][1] - begin)
     lines = [data[start - begin : end - begin] for start, end in places]
-    pick = fields.picker(file.source.field, file.source.template, file.source.ids, file.source.prompt)
+    pick = file.source.picker()
     try:
         found = [pick(record) for record in json.loads((b"[" + b",".join(lines) + b"]").decode())]
         if file.source.normalize == "nfc":
@@ -436,6 +471,9 @@ def _read(
             text = unicodedata.normalize("NFC", text)
             utf8 = text.encode()
         n_chars = len(text)
+        if source.spoken is not None:  # the JSON around what is said is no text
+            spoken = conversations.load(text)
+            n_chars, n_bytes = len(conversations.plain(spoken)), conversations.n_bytes(spoken)
         if n_chars < shortest or not n_chars:
             counts["too short" if n_chars else "empty"] += 1
         elif longest is not None and n_chars > longest:
@@ -450,7 +488,7 @@ def _records(stream: io.BufferedReader, source: Source, kind: formats.Kind, star
     if kind == "text":
         separator = (source.separator or "").encode()
         return formats.spans(stream, separator, start, end) if separator else formats.pieces(stream, start, end)
-    columns = fields.columns(source.field, source.template, source.ids, source.prompt)
+    columns = source.columns()
     if kind == "parquet":
         return _guarded(formats.parquet_rows(stream, columns))
     if kind == "json":
@@ -526,7 +564,7 @@ def _explained(error: Exception, kind: formats.Kind, at: int) -> str:
 
 def _taker(source: Source, kind: formats.Kind) -> Take:
     """What makes a record's text of it; None of a blank line. It raises BadRecord or UnicodeError."""
-    pick = fields.picker(source.field, source.template, source.ids, source.prompt)
+    pick = source.picker()
 
     def plain(value: bytes | BadRecord) -> str:
         if isinstance(value, BadRecord):

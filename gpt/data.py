@@ -52,7 +52,13 @@ class DataConfig(Settings):
     seq_len: Count = Field(256, ge=1, description="context in tokens: what one row of a batch holds")
     packing: Literal["stream", "documents"] = Field(
         "stream",
-        description="stream: rows are cut anywhere; documents: rows are made of documents, whole where they fit",
+        description="stream: rows are cut anywhere, but for documents with prompts and conversations, which are packed whole "
+        "either way; documents: rows are made of documents, whole where they fit",
+    )
+    long_documents: Literal["auto", "cut", "begin", "drop"] = Field(
+        "auto",
+        description="of documents longer than a packed row, cut: they fill several; begin: their beginning is read, up to the "
+        "last answer that fits; drop: they are left out; auto: cut for text, begin for what has prompts",
     )
     document_mask: bool = Field(
         False, description="attention stays inside a document and positions restart with each one"
@@ -150,7 +156,8 @@ def open_data(config: DataConfig) -> Data:
     ]
     if config.sources is not None:
         parts = _by_shares(parts[0], config.sources)
-    if (n := sum(part.val.n_tokens for part in parts)) < config.seq_len:
+    whole = any(part.val.has_spans for part in parts)  # they are packed, and need no row to be full
+    if (n := sum(part.val.n_tokens for part in parts)) < config.seq_len and not whole:
         raise ValueError(
             f"{', '.join(shares)}: the validation split has {n} tokens, fewer than data.seq_len ({config.seq_len}); "
             f"prepare it with a larger val_fraction or lower data.seq_len"
@@ -225,16 +232,37 @@ class Stream:
 
 class Packed:
     """Rows made of documents (of those in the first `end` tokens) by a packing plan; each epoch gives every document
-    other neighbours."""
+    other neighbours. `long`: what becomes of documents longer than a row, as DataConfig.long_documents says."""
 
-    def __init__(self, tokens: Tokens, seq_len: int, seed: int, end: int | None = None) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int, end: int | None = None, long: str = "cut") -> None:
         n_tokens = tokens.n_tokens if end is None else end
         starts = tokens.document_starts
         starts = starts[: np.searchsorted(starts, n_tokens)]
         lengths = np.diff(starts, append=n_tokens)
+        self.n_documents, self._noun = len(starts), "conversations" if tokens.conversations else "documents"
+        lengths, self.long = _shortened(tokens, starts, lengths, seq_len, long)
+        kept = lengths > 0
+        if not kept.any():
+            raise ValueError(
+                f"{tokens.path}: none of its {len(starts):,} {self._noun} has a part to learn from that fits a row of "
+                f"{seq_len} tokens (data.seq_len): raise it, or set data.long_documents=cut"
+            )
         # What is only partly learned stays whole: an answer without its prompt teaches nothing.
-        self.plan = packing.plan(starts, lengths, seq_len, cut=not tokens.has_spans)
+        self.plan = packing.plan(starts[kept], lengths[kept], seq_len, cut=not tokens.has_spans)
         self.seed, self.n_rows = seed, self.plan.n_rows
+
+    @property
+    def told(self) -> str:
+        """How the documents were packed, in words."""
+        long, plan = self.long, self.plan
+        what = [f"{n:,} {did}" for n, did in ((long.n_cut, "fill several"), (long.n_begun, "end with the last answer that "
+                "fits"), (long.n_dropped, "are left out")) if n]  # fmt: skip
+        lost = f" ({long.n_unread:,} of their tokens are not learned)" if long.n_unread else ""
+        more = f"; {plan.n_cut:,} cuts fill gaps" if plan.n_cut else ""
+        return (
+            f"{plan.n_rows:,} rows an epoch, {plan.waste:.2%} padding; {long.n_cut + long.n_begun + long.n_dropped:,} of "
+            f"{self.n_documents:,} {self._noun} are longer than a row{': ' if what else ''}{', '.join(what)}{lost}{more}"
+        )
 
     def pieces(self, ordinals: np.ndarray) -> Pieces:
         """Of the rows with these numbers, which ascend over all epochs; ordered by row, then column."""
@@ -255,9 +283,52 @@ class Packed:
         return Pieces(*(column[by_row] for column in joined))
 
 
+class Long(NamedTuple):
+    """What became of documents longer than a row, and how many tokens that would be learned are not read."""
+
+    n_cut: int
+    n_begun: int
+    n_dropped: int
+    n_unread: int
+
+
+def _shortened(
+    tokens: Tokens, starts: np.ndarray, lengths: np.ndarray, seq_len: int, long: str
+) -> tuple[np.ndarray, Long]:
+    """(how much of each document is read, 0 of what is left out; what that means)."""
+    above = np.flatnonzero(lengths > seq_len)
+    if long == "cut" or (long == "auto" and not tokens.has_spans):
+        return lengths, Long(len(above), 0, 0, 0)
+    lengths, n_cut, n_unread = lengths.copy(), 0, 0
+    for i in above.tolist():
+        start, n = int(starts[i]), int(lengths[i])
+        learned = [(0, n)]  # of what has no marks all is
+        if tokens.has_spans:
+            near = tokens.spans(start, n)
+            learned = [(max(s.start - start, 0), min(s.end - start, n)) for s in near if s.kind == "train"]
+        total = sum(b - a for a, b in learned)
+        if total == n:  # text: it has no prompt that what is cut off would miss
+            fits = seq_len
+            if long == "auto":
+                n_cut += 1
+                continue
+        else:
+            fits = max((b for a, b in learned if a and b <= seq_len), default=0)
+        lengths[i] = 0 if long == "drop" else fits
+        n_unread += total - sum(min(b, lengths[i]) - a for a, b in learned if a < lengths[i])
+    n_dropped = int((lengths[above] == 0).sum())
+    return lengths, Long(n_cut, len(above) - n_cut - n_dropped, n_dropped, int(n_unread))
+
+
 def _epochs(epochs: np.ndarray) -> list[int]:
     low, high = int(epochs[0]), int(epochs[-1])  # they ascend
     return [low] if low == high else np.unique(epochs).tolist()
+
+
+def _order(tokens: Tokens, config: DataConfig, seed: int) -> Stream | Packed:
+    if config.packing == "documents" or tokens.has_spans:
+        return Packed(tokens, config.seq_len, seed, long=config.long_documents)
+    return Stream(tokens, config.seq_len, seed)
 
 
 def deal(weights: list[float]) -> np.ndarray:
@@ -277,16 +348,19 @@ class Loader:
         self.parts, self.config, self.batch_rows = data.parts, config, batch_rows
         self.seq_len, self.prefix = config.seq_len, prefix
         for part in self.parts:
-            if part.n_tokens < self.seq_len:
+            if part.train.conversations and not config.document_mask:
+                raise ValueError(
+                    f"{part.name} holds conversations, several of which share a row, and none may read another: set "
+                    "data.document_mask=true"
+                )
+            if part.n_tokens < self.seq_len and not part.train.has_spans:
                 raise ValueError(
                     f"{part.name}: the training split has {part.n_tokens} tokens, fewer than data.seq_len "
                     f"({self.seq_len}): add text or lower it"
                 )
-        kind = Stream if config.packing == "stream" else Packed
         mixed = len(self.parts) > 1
-        self.orders: list[Stream | Packed] = [
-            kind(part.train, self.seq_len, key(seed, i, "part") if mixed else seed) for i, part in enumerate(self.parts)
-        ]
+        seeds = [key(seed, i, "part") if mixed else seed for i in range(len(self.parts))]
+        self.orders = [_order(part.train, config, own) for part, own in zip(self.parts, seeds, strict=True)]
         # The component of each row of a cycle, and which of the component's rows of the cycle it is. It repeats with
         # every cycle, what it stands for does not; so a component's rows come in order and its epochs are whole.
         self._quotas = deal([part.weight for part in self.parts])
@@ -511,6 +585,12 @@ def validation_batches(
     With `max_tokens` the first whole documents that reach it (all if they do not), read as a circle of their own.
     """
     end = evaluated_tokens(tokens, max_tokens)
+    for n_rows, pieces in validation_places(tokens, seq_len, batch_rows, end):
+        yield read([(tokens, pieces)], n_rows, seq_len, document_mask, end, prefix)
+
+
+def validation_places(tokens: Tokens, seq_len: int, batch_rows: int, end: int) -> Iterator[tuple[int, Pieces]]:
+    """(rows, where they stand) of each batch of an evaluation of the first `end` tokens."""
     packed = Packed(tokens, seq_len, 0, end) if tokens.has_spans else None
     starts = np.arange(0, end, seq_len)
     n_rows = len(starts) if packed is None else packed.n_rows
@@ -521,7 +601,7 @@ def validation_batches(
             pieces = Pieces(rows - i, np.zeros_like(rows), part, np.minimum(seq_len, end - part))
         else:
             pieces = packed.pieces(rows)
-        yield read([(tokens, pieces)], len(rows), seq_len, document_mask, end, prefix)
+        yield len(rows), pieces
 
 
 def evaluated_tokens(tokens: Tokens, max_tokens: int | None) -> int:

@@ -1,19 +1,110 @@
-"""How good a model is on the validation split: nats per target token and bits per raw byte, overall and by source."""
+"""How good a model is: bits per byte and perplexity on any text, multiple choice, exact match; several models side by side.
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+python -m gpt.evaluate runs/quickstart
+python -m gpt.evaluate runs/quickstart runs/tuned --text notes/ --tasks questions.jsonl --json
 
-import torch
-from pydantic import Field
+Bits per byte compare models with any tokenizers. What training evaluates as it goes stands here too. The table or the JSON
+goes to stdout, everything else to stderr.
+"""
 
-from gpt import runtime, signals
-from gpt.config import Count, Settings
-from gpt.data import IGNORED, Data, evaluated_bytes, evaluated_tokens, validation_batches
-from gpt.loss import NextToken
-from gpt.shards import Tokens
-from gpt.tokenizer import Tokenizer
-from gpt.views import by_source
+import argparse
+import json
+import sys
+
+from gpt import signals
+
+SOURCE_HELP = "a run, RUN@STEP|best|last, a checkpoint, a Hugging Face model directory, or hub:ORG/NAME[@REVISION]"
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on, for flags."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got '{text}'")
+    return int(text)
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m gpt.evaluate", description=__doc__, formatter_class=kind, allow_abbrev=False
+    )
+    add, count = parser.add_argument, at_least_one
+    add("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    text = "text to score, of any kind that can be prepared: files, directories, globs; without it and --tasks a run is"
+    add("--text", nargs="+", default=[], metavar="FILE", help=f"{text} scored on its own validation split")
+    add("--tasks", nargs="+", default=[], metavar="FILE.jsonl", help="questions: prompt, answer, perhaps choices")
+    add("--chat", action="store_true", help="ask each question as a message of the user's")
+    stop = (
+        "a written answer ends before this text, or one of several; '' for its own end only (a line feed; in a chat '')"
+    )
+    add("--stop", action="append", metavar="TEXT", help=stop)
+    add("--max-tokens", type=count, default=128, metavar="N", help="most tokens of a written answer (128)")
+    add("--limit", type=count, metavar="N", help="read the first N documents or questions of each file")
+    add("--context", type=count, metavar="N", help="tokens of a window of text (what each model was made for)")
+    add("--batch-tokens", type=count, default=8192, metavar="N", help="tokens computed at once (8192)")
+    add("--json", action="store_true", help="one JSON object instead of tables")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the fastest here)")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    if not args.tasks and (args.chat or args.stop is not None):
+        parser.error("--chat and --stop are about questions; name some with --tasks")
+    if not args.tasks and not args.text and (args.limit or args.context):
+        parser.error("--limit and --context are about --text and --tasks; a run's own split is read as in training")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    from rich.console import Console
+
+    from gpt import evaluate, page, run, runtime, tasks, texts
+
+    notes = Console(stderr=True)
+
+    def say(line: str) -> None:
+        notes.print(page.printable(line), markup=False, highlight=False, soft_wrap=True)
+
+    models = [(source, *run.resolve(source)) for source in args.source]
+    read = [texts.read(place, args.limit, say) for place in args.text]
+    asked = [tasks.read(file, args.limit) for file in args.tasks]
+    stops = None if args.stop is None else tuple(filter(None, args.stop))
+    how = tasks.Asking(args.batch_tokens, args.chat, stops, args.max_tokens)
+    device = args.device or runtime.best_device()[0]
+    runtime.check_device(device)
+    runtime.setup(device, runtime.n_cores())
+    reports: list[evaluate.Report] = []
+    cut: dict[str, list[texts.TextSet]] = {}
+    for source, path, described in models:
+        say(described)
+        reports.append(evaluate.report(source, path, read, asked, how, device=device, context=args.context, cut=cut))
+    if args.json:
+        sys.stdout.write(json.dumps(evaluate.as_json(reports), ensure_ascii=False, allow_nan=False) + "\n")
+        return
+    console = Console()
+    for block in evaluate.blocks(reports):
+        page.draw(block, console)
+
+
+if __name__ == "__main__":
+    signals.run(main)  # does not return: --help answers before the rest of this file, which loads torch, is read
+
+import math  # noqa: E402
+from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
+from dataclasses import asdict, dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from pydantic import Field  # noqa: E402
+
+from gpt import checkpoint, config, hf, page, runtime, tasks, texts  # noqa: E402
+from gpt.config import Count, Settings  # noqa: E402
+from gpt.data import IGNORED, Data, DataConfig, evaluated_bytes, evaluated_tokens, open_data, validation_batches  # noqa: E402
+from gpt.loss import NextToken  # noqa: E402
+from gpt.shards import Tokens  # noqa: E402
+from gpt.tokenizer import Tokenizer  # noqa: E402
+from gpt.views import by_source  # noqa: E402
 
 
 class EvalConfig(Settings):
@@ -120,3 +211,233 @@ def evaluate(
 def _bits(nats: float, n_bytes: int) -> float:
     """Bits per byte; documents without a byte count as one."""
     return nats / math.log(2) / max(1, n_bytes)
+
+
+# What the verb reports
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How well a model expects a text: all sums are over every token once, each document's start token included.
+
+    Per byte of UTF-8, per word between white space and per token; the last compares models of one tokenizer only.
+    """
+
+    name: str
+    bits_per_byte: float
+    word_perplexity: float | None  # None where only parts of the text are learned, as in chats
+    token_perplexity: float
+    n_documents: int
+    n_tokens: int
+    context: int
+    sources: dict[str, float] = field(default_factory=dict)  # bits per byte, where there are several
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a source is worth, with the sha256 of its tokenizer."""
+
+    source: str
+    path: Path
+    tokenizer: str
+    texts: list[Reading]
+    tasks: dict[str, tasks.Result]
+
+
+def report(
+    source: str,
+    path: Path,
+    read: Sequence[texts.Text],
+    asked: Sequence[tasks.Task],
+    how: tasks.Asking,
+    *,
+    device: str,
+    context: int | None,
+    cut: dict[str, list[texts.TextSet]],
+) -> Report:
+    """Load a model and put everything to it; without texts and tasks, its own validation split.
+
+    `cut` keeps the texts as each tokenizer cuts them, for the next model that has it.
+    """
+    model, tokenizer = hf.load(path)
+    objective = NextToken(model.to(device)).eval()
+    longest = model.config.max_seq_len
+    assert longest is not None
+    if context is not None and context > longest:
+        raise ValueError(f"--context {context} is more than the {longest} tokens that {source} can read")
+    own = _own_settings(path)
+
+    def score(name: str, parts: Mapping[str, Tokens], max_tokens: int | None, words: int | None, n: int) -> Reading:
+        mask, rows = own is not None and own[0].document_mask, max(1, how.batch_tokens // n)
+        return _reading(
+            name, objective, tokenizer, parts, max_tokens, words, n, batch_rows=rows, device=device, document_mask=mask
+        )
+
+    readings = []
+    if read:
+        if tokenizer.sha256 not in cut:
+            cut[tokenizer.sha256] = [texts.TextSet(text, tokenizer) for text in read]
+        for text, tokens in zip(read, cut[tokenizer.sha256], strict=True):
+            readings.append(score(text.name, {text.name: tokens}, None, text.n_words, context or longest))
+    elif not asked:
+        if own is None:
+            raise ValueError(f"{source} has no validation split of its own; name --text or --tasks")
+        data, max_tokens = open_data(own[0]), own[1].tokens
+        if data.tokenizer.sha256 != tokenizer.sha256:
+            raise ValueError(f"{source} was trained with another tokenizer than its data set now has; name --text")
+        if any(part.val.pairs for part in data.parts):
+            raise ValueError(f"{source} was tuned on preferences, which are no text to expect; name --text or --tasks")
+        parts, name = views(data), f"validation split of {', '.join(part.name for part in data.parts)}"
+        readings.append(score(name, parts, max_tokens, _words(parts, max_tokens, tokenizer), own[0].seq_len))
+    results = {task.name: tasks.ask(model, tokenizer, task, how) for task in asked}
+    return Report(source, path, tokenizer.sha256, readings, results)
+
+
+def _own_settings(path: Path) -> tuple[DataConfig, EvalConfig] | None:
+    """What a checkpoint was trained and evaluated on; None for a model that no run here has made."""
+    file = path / checkpoint.SETTINGS
+    if not file.is_file():
+        return None
+    source = config.Source()
+    source.read_file(file)
+    data, eval_ = (json.dumps(source.values.get(section, {})) for section in ("data", "eval"))
+    return DataConfig.model_validate_json(data), EvalConfig.model_validate_json(eval_)
+
+
+def _reading(
+    name: str,
+    objective: NextToken,
+    tokenizer: Tokenizer,
+    parts: Mapping[str, Tokens],
+    max_tokens: int | None,
+    n_words: int | None,
+    seq_len: int,
+    *,
+    batch_rows: int,
+    device: str,
+    document_mask: bool,
+) -> Reading:
+    """Score a text, or about `max_tokens` of it, as training scores its validation split, in fp32."""
+    result = evaluate(
+        objective,
+        parts,
+        EvalConfig(tokens=max_tokens),
+        tokenizer,
+        seq_len=seq_len,
+        batch_rows=batch_rows,
+        device=device,
+        dtype="float32",
+        document_mask=document_mask,
+        prefix=objective.model.config.prefix_lm,
+    )
+    n_tokens = evaluated(parts, max_tokens)
+    each = limits(parts, max_tokens)
+    return Reading(
+        name=name,
+        bits_per_byte=result.val_bpb,
+        word_perplexity=_exp(result.val_loss * n_tokens / n_words) if n_words else None,
+        token_perplexity=_exp(result.val_loss),
+        n_documents=sum(len(_starts(tokens, each[part])) for part, tokens in parts.items()),
+        n_tokens=n_tokens,
+        context=seq_len,
+        sources=result.sources if len(result.sources) > 1 else {},
+    )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _starts(tokens: Tokens, max_tokens: int | None) -> np.ndarray:
+    """Where the documents begin that an evaluation of about `max_tokens` reads."""
+    return tokens.document_starts[: np.searchsorted(tokens.document_starts, evaluated_tokens(tokens, max_tokens))]
+
+
+def _words(parts: Mapping[str, Tokens], max_tokens: int | None, tokenizer: Tokenizer) -> int | None:
+    """Words of the documents that are read; None where only parts of them are learned."""
+    if any(tokens.has_spans for tokens in parts.values()):
+        return None
+    n_words, each = 0, limits(parts, max_tokens)
+    for name, tokens in parts.items():
+        starts = _starts(tokens, each[name])
+        ends = np.append(starts[1:], evaluated_tokens(tokens, each[name]))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            n_words += len(tokenizer.decode(tokens.read(start, end - start).tolist()).split())
+    return n_words
+
+
+def as_json(reports: Sequence[Report]) -> dict[str, Any]:
+    """What `blocks` shows and the numbers behind it, as plain JSON values; what is not finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "sources": [
+            {
+                "source": report.source,
+                "path": str(report.path),
+                "tokenizer": report.tokenizer,
+                "texts": [finite(asdict(reading)) for reading in report.texts],
+                "tasks": [
+                    {"name": name, "kind": result.kind, "n": result.n, "n_cut": result.n_cut}
+                    | {name: {"value": m.value, "stderr": m.stderr} for name, m in result.measures.items()}
+                    for name, result in report.tasks.items()
+                ],
+            }
+            for report in reports
+        ]
+    }
+
+
+def blocks(reports: Sequence[Report]) -> Iterator[page.Block]:
+    """A table with a column for each source, and what keeps its numbers from being compared."""
+    names = [report.source for report in reports]
+    rows = []
+    for each in zip(*(report.texts for report in reports), strict=True):
+        cells = {
+            "bits per byte": [f"{reading.bits_per_byte:.4f}" for reading in each],
+            "perplexity per word": [_cell(reading.word_perplexity) for reading in each],
+            "perplexity per token": [_cell(reading.token_perplexity) for reading in each],
+        }
+        own = len({reading.name for reading in each}) > 1
+        rows += [("own validation split" if own else each[0].name, *row) for row in _rows(cells)]
+        if len(reports) == 1:
+            rows += [(name, "bits per byte", f"{value:.4f}") for name, value in each[0].sources.items()]
+    for task in reports[0].tasks:
+        results = [report.tasks[task] for report in reports]
+        cells = {name: [_measured(result.measures[name]) for result in results] for name in results[0].measures}
+        rows += [(f"{task} ({results[0].n})", *row) for row in _rows(cells)]
+    yield page.Table(("on", "measure", *names), rows, words=2)
+    yield from map(page.Note, _caveats(reports))
+
+
+def _rows(cells: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    return ((name, *values) for name, values in cells.items())
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
+def _measured(measure: tasks.Measure) -> str:
+    return f"{measure.value:.4f}" + ("" if measure.stderr is None else f" ± {measure.stderr:.4f}")
+
+
+def _caveats(reports: Sequence[Report]) -> Iterator[str]:
+    """Sentences about what does not compare, and what was not read whole."""
+    if any(report.texts for report in reports):
+        if len({report.tokenizer for report in reports}) > 1:
+            yield "The tokenizers differ: perplexity per token does not compare, the other measures do."
+        windows = {report.source: report.texts[0].context for report in reports}
+        if len(set(windows.values())) > 1:
+            shown = ", ".join(f"{source} {n:,}" for source, n in windows.items())
+            yield f"The windows differ (tokens: {shown}): a longer one knows more; --context makes them equal."
+        if len({reading.name for report in reports for reading in report.texts[:1]}) > 1:
+            yield "Each run was scored on a validation split of its own: these numbers do not compare; --text makes them."
+    for report in reports:
+        for name, result in report.tasks.items():
+            if result.n_cut:
+                yield f"{report.source} was shown only the end of {result.n_cut} of {result.n} prompts of {name}."

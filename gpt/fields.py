@@ -1,22 +1,37 @@
-"""The text of a record: of a field, of several by a template, or of a list of token ids. Records are plain JSON values."""
+"""The text of a record: of a field, of several by a template, of a list of token ids, or a conversation as JSON.
+
+Records are plain JSON values.
+"""
 
 import json
 import re
 import string
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+from gpt import conversations
 from gpt.formats import BadRecord, no_field
 
 DEFAULT_FIELD = "text"
+Spoken = Literal["chat", "pair"]  # what a record is as a whole, if it is no text
 BORDER = "\x1e"  # a record separator: between a prompt and what is learned behind it
 
 
-def picker(field: str | None, template: str | None, ids: str | None, prompt: str | None = None) -> Callable[[Any], str]:
+def picker(
+    field: str | None,
+    template: str | None,
+    ids: str | None,
+    prompt: str | None = None,
+    spoken: Spoken | None = None,
+) -> Callable[[Any], str]:
     """What makes a text of an object with fields; at most one of the first three ways is named. It raises BadRecord.
 
-    With `prompt` the text of that field and BORDER stand before it; then neither may hold BORDER.
+    With `prompt` the text of that field and BORDER stand before it; then neither may hold BORDER. With `spoken` the whole
+    record is a conversation, or a pair of them, and its text is the canonical JSON of it.
     """
+    if spoken is not None:
+        parse = conversations.parse if spoken == "chat" else conversations.parse_pair
+        return lambda record: conversations.dump(parse(record))
     if prompt is not None:
         return _prompted(prompt, picker(field, template, ids))
     if template is not None:
@@ -65,9 +80,18 @@ def _value(record: Any, field: str) -> Any:
     value: Any = record
     for name in field.split("."):
         if not isinstance(value, Mapping) or name not in value:
-            raise no_field(field, record)
+            raise _no_field(field, record)
         value = value[name]
     return value
+
+
+def _no_field(field: str, record: Mapping[str, Any]) -> BadRecord:
+    error = no_field(field, record)
+    if "rejected" in record:
+        return BadRecord(f"{error}; for pairs of answers set preference: true (--preference)")
+    if "messages" in record or "conversations" in record:
+        return BadRecord(f"{error}; for conversations set chat: true (--chat)")
+    return error
 
 
 def _as_text(value: Any, field: str, *, numbers: bool) -> str:
@@ -113,8 +137,16 @@ def template_keys(template: str) -> list[tuple[str, str | None]]:
     return [(literal, key) for literal, key, _, _ in parts]
 
 
-def columns(field: str | None, template: str | None, ids: str | None, prompt: str | None = None) -> frozenset[str]:
-    """The fields that a text is made of."""
+def columns(
+    field: str | None,
+    template: str | None,
+    ids: str | None,
+    prompt: str | None = None,
+    spoken: Spoken | None = None,
+) -> frozenset[str]:
+    """The fields that a text is made of; none named are all."""
+    if spoken is not None:
+        return frozenset()
     if prompt is not None:
         return columns(field, template, ids) | {prompt}
     if template is not None:

@@ -290,7 +290,8 @@ def _value(window: _Window, scan: Any) -> Any:
 
 
 def table_rows(stream: BinaryIO, delimiter: str, columns: frozenset[str]) -> Iterator[tuple[int, int, Any]]:
-    """The cells of `columns` by name in each row of a csv with a header; `start` is the line that the row ends on.
+    """The cells of `columns` (all if it names none) by name in each row of a csv with a header; `start` is the line that
+    the row ends on.
 
     What is not UTF-8 comes as lone surrogates, so that only the record that holds it is bad.
     """
@@ -329,15 +330,16 @@ def no_field(field: str, names: Any) -> BadRecord:
 
 
 def _present(columns: frozenset[str], names: Sequence[str]) -> list[str]:
-    """The columns as a table names them: `a.b` is column a.b if there is one, else a part of column a."""
+    """The columns as a table names them: `a.b` is column a.b if there is one, else a part of column a; or all there are."""
     found = {name if name in names else name.partition(".")[0] for name in columns}
     if missing := sorted(found - set(names)):
         raise no_field(missing[0], names)
-    return sorted(found)
+    return sorted(found or names)
 
 
 def parquet_rows(file: Path | BinaryIO, columns: frozenset[str]) -> Iterator[tuple[int, int, Any]]:
-    """The values of `columns` by name in each row, decoded a few rows at a time; only those columns are read."""
+    """The values of `columns` (all if it names none) by name in each row, decoded a few rows at a time; only those columns
+    are read."""
     try:
         import pyarrow.parquet
     except ImportError:

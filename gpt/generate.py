@@ -101,6 +101,31 @@ class Column(NamedTuple):
     logprobs: list[float | None]
 
 
+class Past:
+    """What a model has read of one row, kept from one `generate` to the next: only what is new is then read."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []  # what the cache holds, and at most one more
+        self.cache: KVCache | None = None
+
+    def begin(self, model: GPT, row: list[int], max_len: int) -> tuple[KVCache, int]:
+        """A cache for `row` with room for `max_len` positions, and how many tokens of the row it holds: not the last one,
+        whose logits are wanted. `row` is the past of what comes next."""
+        if self.cache is None:
+            self.cache = model.new_cache(1, max_len)
+        n_read = min(self.cache.longest, len(self.ids), len(row) - 1)
+        both = enumerate(zip(self.ids[:n_read], row[:n_read], strict=True))
+        n_read = next((i for i, (before, now) in both if before != now), n_read)
+        if model.config.prefix_lm:
+            n_read = 0  # a prompt that is read both ways is read whole
+        self.cache.rewind(torch.full_like(self.cache.lengths, n_read))
+        if self.cache.max_len < max_len:
+            wider = min(max(max_len, 2 * self.cache.max_len), model.config.max_seq_len or max_len)
+            self.cache = self.cache.spread(torch.zeros_like(self.cache.lengths), wider)
+        self.ids = row
+        return self.cache, n_read
+
+
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -112,12 +137,14 @@ def generate(
     n_tokens_valid: int,
     stop_ids: Collection[int],
     banned_ids: Collection[int] = (),
+    past: Past | None = None,
 ) -> Generator[Column, None, None]:
     """Continue each prompt (start token included) by up to `max_tokens` tokens, a column at a time.
 
     A row ends with the first of `stop_ids`, which it includes. Ids from `n_tokens_valid` on (padding of the vocabulary)
     and `banned_ids` are never drawn. Row r draws from `seed + r`: alone with that seed it is what it is in a batch. The
-    model is in eval mode meanwhile and gets its mode back at the end. A prefix-LM reads each prompt both ways.
+    model is in eval mode meanwhile and gets its mode back at the end. A prefix-LM reads each prompt both ways. With `past`,
+    of a single row, what the prompt shares with what was read before is not read again, and the past goes on with this row.
 
     A prompt must be shorter than the context (ValueError). When a row fills the context, the oldest half of its window
     is dropped, its first token kept, and the rest is read again.
@@ -132,10 +159,15 @@ def generate(
     uniforms = _uniforms(seed, len(rows), max_tokens).to(device)
     seen = torch.stack([torch.isin(vocabulary, torch.tensor(row, device=device)) for row in rows])
     finished = [False] * len(rows)
-    cache = model.new_cache(len(rows), min(context, max(map(len, rows)) + max_tokens))
+    max_len, n_read = min(context, max(map(len, rows)) + max_tokens), 0
+    if past is None:
+        cache = model.new_cache(len(rows), max_len)
+    else:
+        assert len(rows) == 1, "a past is of one row"
+        cache, n_read = past.begin(model, rows[0], max_len)
 
     with _eval_mode(model):
-        logits = _prefill(model, cache, rows, n_prompt)
+        logits = _prefill(model, cache, rows, n_prompt, n_read)
         for step in range(max_tokens):
             allowed = logits.masked_fill(banned, -math.inf)
             if sampling.repetition_penalty != 1:
@@ -152,7 +184,11 @@ def generate(
             if all(finished):
                 return
             if step + 1 < max_tokens:
+                if past is not None and len(rows[0]) == context:
+                    past.ids = []  # the row is about to lose its beginning; a stop meanwhile leaves nothing to go on from
                 logits = _extend(model, cache, rows, n_prompt, ids, chosen, context)
+                if past is not None:
+                    past.ids = rows[0]
 
 
 def _check(model: GPT, rows: Sequence[Sequence[int]], max_tokens: int) -> int:
@@ -178,22 +214,25 @@ def _uniforms(seed: int, n_rows: int, n_steps: int) -> Tensor:
     return torch.stack([torch.rand(n_steps, generator=generator) for generator in generators])
 
 
-def _prefill(model: GPT, cache: KVCache, rows: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Tensor:
-    """Read every row from its beginning into `cache`; logits (B, V) fp32 after each row's last token.
+def _prefill(
+    model: GPT, cache: KVCache, rows: Sequence[Sequence[int]], n_prompt: Sequence[int], n_read: int = 0
+) -> Tensor:
+    """Read every row into `cache` but for the first `n_read` tokens, which it holds; logits (B, V) fp32 after each row's
+    last token.
 
     In a prefix-LM the first `n_prompt` tokens of each row see each other.
     """
     lengths = torch.tensor([len(row) for row in rows], device=cache.lengths.device)
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    tokens = torch.zeros(len(rows), max(map(len, rows)) - n_read, dtype=torch.int64)
     for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-    cache.rewind(torch.zeros_like(lengths))
+        tokens[row, : len(ids) - n_read] = torch.tensor(ids[n_read:])
+    cache.rewind(torch.full_like(lengths, n_read))
     prefix = None
     if model.config.prefix_lm:
         prefix = (torch.arange(tokens.shape[1]) < torch.tensor(n_prompt)[:, None]).to(lengths.device)
     features = model.features(tokens.to(lengths.device), cache=cache, prefix=prefix)  # (B, T, C)
     cache.rewind(lengths)  # what the padding wrote is forgotten
-    last = features[torch.arange(len(rows), device=lengths.device), lengths - 1]
+    last = features[torch.arange(len(rows), device=lengths.device), lengths - 1 - n_read]
     return model.logits(last).float()
 
 
@@ -292,11 +331,14 @@ def complete(
     seed: int,
     stop: Sequence[str] = (),
     stop_ids: Collection[int] | None = None,
+    banned_ids: Collection[int] | None = None,
+    past: Past | None = None,
 ) -> Iterator[Event]:
     """Continue prompts, given as text or as ids with the start token, as a stream of events: one per token and row.
 
     A row ends at a stop string ("stop": neither it nor what follows is shown), at one of `stop_ids` ("eos"; by default
-    the tokenizer's end token) or after `max_tokens` ("length"). Other control tokens are never drawn. See `generate`.
+    the tokenizer's end token) or after `max_tokens` ("length"). Other control tokens are never drawn, or `banned_ids`; of
+    those that are drawn there is no text. See `generate`.
     """
     ends = {tokenizer.end_id} if stop_ids is None else set(stop_ids)
     ids = [[tokenizer.start_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
@@ -309,7 +351,8 @@ def complete(
         seed=seed,
         n_tokens_valid=tokenizer.size,
         stop_ids=ends,
-        banned_ids=set(tokenizer.control_ids) - ends,
+        banned_ids=set(tokenizer.control_ids) - ends if banned_ids is None else banned_ids,
+        past=past,
     )
     with closing(columns):  # gives the model its mode back even if the reader leaves early
         for step, column in enumerate(columns, start=1):

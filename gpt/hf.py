@@ -3,16 +3,18 @@
 python -m gpt.hf compare runs/quickstart hub:ORG/NAME --text 'def add(a, b):'
 python -m gpt.hf gguf runs/quickstart model.gguf --dtype bfloat16
 
-A checkpoint is such a directory as it stands, so there is no export. Nothing here downloads, and no file that could run
+A checkpoint is such a directory as it stands, so there is no export; that of an adapter names its base, by path and
+fingerprint, and loads as the two merged. Nothing here downloads, and no file that could run
 code (a pickle) is read.
 """
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt import signals
 
@@ -62,16 +64,19 @@ if __name__ == "__main__":
     signals.run(main)  # does not return: --help answers before the rest of this file, which loads torch, is read
 
 import torch  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from gpt import checkpoint, families, tensors  # noqa: E402
+from gpt import adapters, checkpoint, durable, families, quantize, run, tensors  # noqa: E402
+from gpt.adapters import AdapterConfig  # noqa: E402
 from gpt.durable import CorruptError  # noqa: E402
 from gpt.model import GPT, ModelConfig  # noqa: E402
 from gpt.run import PICKLES  # noqa: E402
 from gpt.tokenizer import Tokenizer  # noqa: E402
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BASE = "base.json"  # of an adapter: its settings, and which base they are for
 ENOUGH = 8  # names in an error
 
 
@@ -109,7 +114,10 @@ def load(path: Path) -> tuple[GPT, Tokenizer]:
 
     Strict: FileNotFoundError or ValueError names what is missing, unexpected, mis-shaped, not finite or not supported;
     CorruptError names a file that is not what its manifest or header says. No weight is read before all of that fits.
+    An adapter is loaded onto its base, in the bits that it was kept in, and merged with it.
     """
+    if (path / run.ADAPTER).exists():
+        return _load_merged(path)
     if (path / checkpoint.MANIFEST).exists():
         checkpoint.verify(path)
     family, config = _read_config(path)
@@ -135,10 +143,7 @@ def load(path: Path) -> tuple[GPT, Tokenizer]:
             raise ValueError(
                 f"{path}: lm_head.weight is not the embedding, though config.json says tie_word_embeddings"
             )
-    model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval(), tokenizer
+    return adopt(config, state).eval(), tokenizer
 
 
 class _Unfilled(TorchFunctionMode):
@@ -158,7 +163,10 @@ def _shapes(config: ModelConfig) -> GPT:
 
 
 def load_config(path: Path) -> ModelConfig:
-    """Read the ModelConfig that config.json in `path` describes; ValueError names what we lack."""
+    """Read the ModelConfig that config.json in `path` describes, or its base's there; ValueError names what we lack."""
+    if (path / run.ADAPTER).exists():
+        told = _told(path)
+        return load_config(_found(path, told)).model_copy(update={"vocab_size": told.vocab_size})
     return _read_config(path)[1]
 
 
@@ -170,6 +178,146 @@ def _read_config(path: Path) -> tuple[families.Family | None, ModelConfig]:
         return family, families.read_ours(raw) if family is None else families.read(family, raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+# Adapters
+
+
+class Base(NamedTuple):
+    """What an adapter stands on: where it is here, how the adapter names it, and `fingerprint` of its weights."""
+
+    path: Path
+    name: str
+    sha256: str
+
+
+class Told(NamedTuple):
+    """What base.json says; `vocab_size`: rows of the embeddings with the adapter on, which may bring some."""
+
+    base: str
+    sha256: str
+    vocab_size: int
+    adapter: AdapterConfig
+
+
+def fingerprint(path: Path) -> str:
+    """The sha256 of a model directory's weights as they are stored; of several files, of their sums in order of names."""
+    sums = [durable.sha256_file(file) for file in sorted(_weight_files(path))]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def base(source: str) -> Base:
+    """The model that a SOURCE names, to put an adapter on; ValueError for one that is an adapter itself."""
+    path, _ = run.resolve(source)
+    if (path / run.ADAPTER).exists():
+        raise ValueError(
+            f"{path} is an adapter, and an adapter stands on a whole model; merge it first: "
+            f"python -m gpt.lora merge {source} OUT, then init_from: OUT"
+        )
+    # a run's best checkpoint may be another one tomorrow, and a branch of the hub another commit
+    hub = (
+        f"{source.partition('@')[0]}@{path.name}" if source.startswith(run.HUB) and not Path(source).exists() else None
+    )
+    return Base(path, hub or str(path), fingerprint(path))
+
+
+def base_of(path: Path) -> Base:
+    """The base of the adapter in `path`; FileNotFoundError if it is not where it was, ValueError if it is another one."""
+    told = _told(path)
+    found = _found(path, told)
+    sha256 = fingerprint(found)
+    if sha256 != told.sha256:
+        raise ValueError(
+            f"{found} is not the base that the adapter {path} was trained on: the sha256 of its weights is "
+            f"{sha256[:12]}, the adapter's base has {told.sha256[:12]}; put the one with {told.sha256[:12]} there again"
+        )
+    return Base(found, told.base, sha256)
+
+
+def _found(path: Path, told: Told) -> Path:
+    """Where the base of the adapter in `path` stands: as it is named, seen from here or from above the adapter."""
+    if told.base.startswith(run.HUB):
+        return run.resolve(told.base)[0]
+    for place in (Path(), *path.absolute().parents):
+        if (place / told.base).is_dir():
+            return place / told.base
+    raise FileNotFoundError(
+        f"{path} is an adapter, and its base {told.base} is not there; put the model back, or a link to where it stands "
+        f"now (its weights have the sha256 {told.sha256[:12]})"
+    )
+
+
+def _told(path: Path) -> Told:
+    file = path / BASE
+    if not file.exists():
+        raise ValueError(
+            f"{path} is an adapter that another program wrote; merge it there, for example with PEFT: "
+            "model.merge_and_unload().save_pretrained(OUT), and load OUT"
+        )
+    raw = _read_json(file)
+    try:
+        told = Told(raw["base"], raw["sha256"], raw["vocab_size"], AdapterConfig.model_validate(raw["adapter"]))
+        if [*map(type, told[:3])] != [str, str, int]:
+            raise TypeError
+    except (KeyError, TypeError, ValidationError):
+        raise CorruptError(f"{file}: not what this trainer writes there; restore the adapter from a copy") from None
+    return told
+
+
+def adapter_files(model: GPT, tokenizer: Tokenizer, config: AdapterConfig, base: Base) -> dict[str, bytes]:
+    """Everything an adapter's directory holds besides its weights, `adapters.to_peft(model)`: file name -> bytes."""
+    name, revision = base.name, None
+    if name.startswith(run.HUB):
+        name, _, revision = name.removeprefix(run.HUB).partition("@")
+    peft = adapters.peft_config(model, config, name, revision)
+    told = {"base": base.name, "sha256": base.sha256, "vocab_size": model.config.vocab_size}
+    ours = told | {"adapter": config.model_dump(mode="json")}
+    return {run.ADAPTER: _json(peft), BASE: _json(ours), **tokenizer.files()}
+
+
+def load_adapter(model: GPT, path: Path) -> None:
+    """Fill the adapter that was put on `model` with what `path` holds; strict, like `load`."""
+    adapters.load(model, dict(tensors.read(_adapter_tensors(path, model.config, _told(path).adapter))))
+
+
+def _adapter_tensors(path: Path, config: ModelConfig, adapter: AdapterConfig) -> dict[str, tensors.Stored]:
+    """The tensors of the adapter in `path`; ValueError unless they are what `adapter` has on a model of this shape."""
+    shapes = _shapes(config)
+    adapters.put_on(shapes, adapter)
+    found = tensors.stored(_plain(path / checkpoint.ADAPTER))
+    _check_tensors(path, {name: tensor.shape for name, tensor in adapters.to_peft(shapes).items()}, found)
+    return found
+
+
+def _load_merged(path: Path) -> tuple[GPT, Tokenizer]:
+    if (path / checkpoint.MANIFEST).exists():
+        checkpoint.verify(path)
+    told = _told(path)
+    model, _ = load(base_of(path).path)
+    tokenizer = Tokenizer.load(path)
+    config = model.config.model_copy(update={"vocab_size": told.vocab_size})
+    if told.vocab_size != model.config.vocab_size and not told.adapter.embeddings:
+        raise CorruptError(
+            f"{path / BASE}: it says vocab_size {told.vocab_size}, and the base has {model.config.vocab_size}: only trained "
+            "embeddings could differ; restore the adapter from a copy"
+        )
+    found = _adapter_tensors(path, config, told.adapter)  # before room is made for anything
+    if config != model.config:
+        model = adopt(config, adapters.grown(config, model.state_dict(), told.vocab_size))
+    if told.adapter.base_dtype != "fp32":  # what was trained stands on the numbers that were computed with
+        quantize.quantized(model, told.adapter.base_dtype)
+    adapters.put_on(model, told.adapter)
+    adapters.load(model, dict(tensors.read(found)))
+    return adapters.merge(model).eval(), tokenizer
+
+
+def adopt(config: ModelConfig, state: Mapping[str, Tensor]) -> GPT:
+    """A model of the tensors in `state` themselves: nothing is copied."""
+    model = _shapes(config)
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
 def _stored(path: Path, family: families.Family | None) -> dict[str, tensors.Stored]:

@@ -1,20 +1,135 @@
-"""NextToken: the training objective around a model - cross-entropy of every target, the output head applied in chunks.
+"""The training objectives around a model: cross-entropy of every target, and preference between replies; the head in chunks.
 
 Materializing all logits costs B * T * V * 10 bytes; a chunk costs a few MiB and is still in cache when its gradient is
 taken. So the loss is its own autograd function: the forward pass computes the gradients too (Liger-Kernel, Hsu et al.
-2024).
+2024), unless what is made of the numbers decides how much each of them weighs.
 """
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gpt.data import IGNORED
+from gpt.config import Settings
+from gpt.data import IGNORED, Batch
 from gpt.model import GPT
 
 # Logits held at once: on the CPU 8 MB in fp32, which stay in its cache; on a GPU enough to keep it busy.
 CHUNK_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 27}
+BETA = {"dpo": 0.1, "simpo": 2.0}  # of the papers; an average over tokens is smaller than a sum by the replies' length
+BETA_OF_AVERAGES = 5.0  # Lambert et al. 2024 (Tulu 3), table 20
+GAMMA = 1.0  # half of beta, in the middle of what Meng et al. 2024 search (section 4.2)
+
+
+class ObjectiveConfig(Settings):
+    """What is minimized."""
+
+    kind: Literal["next_token", "dpo", "simpo"] = Field(
+        "next_token",
+        description="next_token: cross-entropy; of pairs dpo: prefer the chosen reply more than init_from does, or simpo: "
+        "without reference",
+    )
+    beta: float | None = Field(
+        None, gt=0, description="how sharply differences count; null: 0.1 (dpo), 5 (dpo of averages), 2 (simpo)"
+    )
+    length_normalized: bool = Field(
+        False, description="dpo of log-probabilities averaged over a reply's tokens instead of summed"
+    )
+    gamma: float | None = Field(
+        None, ge=0, description="simpo: the margin by which the chosen reply should lead, times beta; null: 1"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs taken to be labelled the wrong way round (conservative DPO)"
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        named = self.model_dump(exclude={"kind"}, exclude_defaults=True)
+        allowed = {"next_token": set(), "dpo": named.keys() - {"gamma"}, "simpo": named.keys() - {"length_normalized"}}
+        for name in sorted(named.keys() - allowed[self.kind]):
+            kinds = {"gamma": "'simpo'", "length_normalized": "'dpo' (simpo averages always)"}.get(name, "'dpo' or 'simpo'")
+            raise ValueError(f"{name} ({named[name]}) is for kind {kinds}; the kind is '{self.kind}'")
+        return self
+
+    @property
+    def of_pairs(self) -> bool:
+        return self.kind != "next_token"
+
+    @property
+    def averages(self) -> bool:
+        """Whether a reply's log-probability is divided by its number of tokens."""
+        return self.length_normalized or self.kind == "simpo"
+
+    @property
+    def sharpness(self) -> float:
+        """Beta, as set or of the paper."""
+        if self.beta is not None:
+            return self.beta
+        return BETA_OF_AVERAGES if self.length_normalized else BETA[self.kind]
+
+    @property
+    def lead(self) -> float:
+        """Gamma, as set or of the paper."""
+        return (GAMMA if self.gamma is None else self.gamma) if self.kind == "simpo" else 0.0
+
+
+def n_terms(config: ObjectiveConfig, batch: Batch) -> int:
+    """What the summed loss of a batch is divided by, once: its targets, or its pairs."""
+    if not config.of_pairs:
+        return batch.n_targets
+    assert batch.doc_ids is not None, "pairs are documents"
+    row = torch.arange(len(batch.tokens))[:, None] * batch.tokens.shape[1]
+    # Both replies of a pair are learned: the rejected ones, in the second halves of the rows, are not counted again.
+    chosen = slice(None, batch.tokens.shape[1] // 2)
+    return len((row + batch.doc_ids)[:, chosen][batch.targets[:, chosen] != IGNORED].unique())
+
+
+def _sweep(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    weights: Tensor | None,
+    grad_x: Tensor | None,
+    grad_w: Tensor | None,
+) -> Tensor:
+    """(N,) nats of each target, 0 where IGNORED; the gradient of their sum, or that by `weights` (N,), into grad_x, grad_w.
+
+    In fp32, or in float64 where the features are.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    nats = torch.empty(len(x), dtype=exact, device=x.device)
+    rows = max(1, CHUNK_LOGITS.get(x.device.type, 1 << 24) // len(w))
+    for start in range(0, len(x), rows):
+        here = slice(start, start + rows)
+        part, target = x[here], targets[here]
+        trained = target != IGNORED
+        index = torch.where(trained, target, 0)[:, None]
+        logits = (part @ w.T).to(exact)
+        slope = trained[:, None] if weights is None else (trained * weights[here])[:, None]
+        if softcap is not None:
+            bent = torch.tanh(logits / softcap)
+            logits, slope = softcap * bent, slope * (1 - bent.square())
+        log_p = logits.log_softmax(dim=-1)
+        nats[here] = torch.where(trained, -log_p.gather(1, index)[:, 0], 0)
+        if grad_x is not None or grad_w is not None:
+            grad = log_p.exp().scatter_add(1, index, torch.full_like(log_p[:, :1], -1.0))
+            grad = (grad * slope).to(x.dtype)
+            if grad_x is not None:
+                grad_x[here] = grad @ w
+            if grad_w is not None:  # the frozen head of an adapter's base has none
+                grad_w += grad.T @ part
+    return nats
+
+
+def _gradients(x: Tensor, weight: Tensor, for_x: bool, for_w: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Where `_sweep` puts what is asked for."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return torch.empty_like(x) if for_x else None, torch.zeros_like(weight, dtype=exact) if for_w else None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -35,37 +150,70 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         train: bool,
     ) -> Tensor:
         x, w = features.to(dtype), weight.to(dtype)
-        need_grad = train and (features.requires_grad or weight.requires_grad)
-        grad_x = torch.empty_like(x) if need_grad else None
-        grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        rows = max(1, CHUNK_LOGITS.get(x.device.type, 1 << 24) // len(weight))
-        for start in range(0, len(x), rows):
-            part, target = x[start : start + rows], targets[start : start + rows]
-            trained = target != IGNORED
-            index = torch.where(trained, target, 0)[:, None]
-            logits = (part @ w.T).float()
-            slope = trained[:, None]
-            if softcap is not None:
-                bent = torch.tanh(logits / softcap)
-                logits, slope = softcap * bent, slope * (1 - bent.square())
-            log_p = logits.log_softmax(dim=-1)
-            total -= torch.where(trained, log_p.gather(1, index)[:, 0], 0).sum()
-            if grad_x is not None and grad_w is not None:
-                grad = log_p.exp().scatter_add(1, index, torch.full_like(log_p[:, :1], -1.0))
-                grad = (grad * slope).to(dtype)
-                grad_x[start : start + rows] = grad @ w
-                grad_w += grad.T @ part
-        if grad_x is not None and grad_w is not None:
-            ctx.save_for_backward(grad_x, grad_w)
-            ctx.dtypes = features.dtype, weight.dtype
-        return total
+        grads = _gradients(x, weight, train and features.requires_grad, train and weight.requires_grad)
+        nats = _sweep(x, w, targets, softcap, None, *grads)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = features.dtype, weight.dtype
+        return nats.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
-        return (grad_x * grad_total).to(x_dtype), (grad_w * grad_total).to(w_dtype), None, None, None, None
+        for_x = None if grad_x is None else (grad_x * grad_total).to(x_dtype)
+        for_w = None if grad_w is None else (grad_w * grad_total).to(w_dtype)
+        return for_x, for_w, None, None, None, None
+
+
+class ChunkedNats(torch.autograd.Function):
+    """Nats of each target, (N,), 0 where IGNORED; otherwise as ChunkedCrossEntropy.
+
+    What is made of them decides how much each weighs, so the gradient goes through the head's logits a second time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        dtype: torch.dtype,
+        train: bool,
+    ) -> Tensor:
+        if train:
+            ctx.save_for_backward(features, weight, targets)
+            ctx.how = softcap, dtype
+        return _sweep(features.to(dtype), weight.to(dtype), targets, softcap, None, None, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        features, weight, targets = ctx.saved_tensors
+        softcap, dtype = ctx.how
+        x, w = features.to(dtype), weight.to(dtype)
+        grad_x, grad_w = _gradients(x, weight, *ctx.needs_input_grad[:2])
+        _sweep(x, w, targets, softcap, grad_nats, grad_x, grad_w)
+        for_x = None if grad_x is None else grad_x.to(features.dtype)
+        for_w = None if grad_w is None else grad_w.to(weight.dtype)
+        return for_x, for_w, None, None, None, None
+
+
+def _headed(
+    head: type[torch.autograd.Function],
+    model: GPT,
+    tokens: Tensor,
+    targets: Tensor,
+    positions: Tensor | None,
+    doc_ids: Tensor | None,
+    prefix: Tensor | None,
+) -> Tensor:
+    """What `head` makes of the model's features of these rows and the targets, in autocast's dtype."""
+    features = model.features(tokens, positions, doc_ids, prefix=prefix).flatten(0, 1)
+    device = features.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+    weight, softcap = model.lm_head.weight, model.config.logit_softcap
+    with torch.autocast(device, enabled=False):
+        return head.apply(features, weight, targets.flatten(), softcap, dtype, torch.is_grad_enabled())
 
 
 class NextToken(nn.Module):
@@ -88,15 +236,80 @@ class NextToken(nn.Module):
         doc_ids: Tensor | None = None,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        features = self.model.features(tokens, positions, doc_ids, prefix=prefix).flatten(0, 1)
-        device = features.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
-        with torch.autocast(device, enabled=False):
-            return ChunkedCrossEntropy.apply(
-                features,
-                self.model.lm_head.weight,
-                targets.flatten(),
-                self.model.config.logit_softcap,
-                dtype,
-                torch.is_grad_enabled(),
-            )
+        return _headed(ChunkedCrossEntropy, self.model, tokens, targets, positions, doc_ids, prefix)
+
+
+def nats(
+    model: GPT,
+    tokens: Tensor,
+    targets: Tensor,
+    positions: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
+    """(B, T) nats of each target, 0 where IGNORED; without all logits at once."""
+    return _headed(ChunkedNats, model, tokens, targets, positions, doc_ids, prefix).view_as(tokens)
+
+
+Reference = Callable[[], AbstractContextManager[GPT]]  # gives the frozen model, for as long as it is asked
+
+
+class Preferences(nn.Module):
+    """Rows of pairs -> the sum over pairs of -log sigmoid(lead of the chosen reply's reward over the rejected one's).
+
+    The reward of a reply is beta times its log-probability under the model, less that under the reference (DPO: Rafailov
+    et al. 2023), or without one averaged over its tokens, and the lead is lessened by gamma (SimPO: Meng et al. 2024).
+    The first half of a row (B, 2 T) holds chosen documents, the second the rejected ones in the same order
+    (`data.Pairs`); the targets that are not IGNORED are the replies. A sum, as NextToken is one: the caller divides once
+    by the number of pairs of the whole batch. Label smoothing is Mitchell's (2023) conservative DPO.
+    """
+
+    def __init__(self, model: GPT, config: ObjectiveConfig, reference: Reference | None) -> None:
+        super().__init__()
+        assert (reference is None) == (config.kind == "simpo"), config.kind
+        self.model, self.config, self.reference = model, config, reference
+        self.nats = nats  # what is compiled: the reference comes and goes around it
+
+    def rewards(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor,
+        doc_ids: Tensor,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(rewards (B, 2, P) of the chosen and the rejected replies of a row's pairs, whether there is such a pair (B, P))."""
+        B, T = len(tokens), tokens.shape[1] // 2
+        given = [None if x is None else x.reshape(2 * B, T) for x in (tokens, targets, positions, doc_ids, prefix)]
+        log_p = -self.nats(self.model, *given)
+        if self.reference is not None:
+            with torch.no_grad(), self.reference() as frozen:
+                # Token by token, since sums are large and their difference small.
+                log_p = log_p + self.nats(frozen, *given)
+        halves = doc_ids.view(B, 2, T)
+        pair = halves - halves[..., :1]  # documents are counted through both halves
+        size = torch.zeros(B, 2, T, dtype=log_p.dtype, device=log_p.device)
+        total = size.scatter_add(2, pair, log_p.view(B, 2, T))
+        size = size.scatter_add(2, pair, (targets != IGNORED).view(B, 2, T).to(log_p.dtype))
+        if self.config.averages:
+            total = total / size.clamp(min=1)
+        return self.config.sharpness * total, size[:, 0] > 0
+
+    def losses(self, rewards: Tensor) -> Tensor:
+        """(B, P) losses of pairs with these rewards (B, 2, P)."""
+        smoothing, lead = self.config.label_smoothing, rewards[:, 0] - rewards[:, 1] - self.config.lead
+        return -(1 - smoothing) * F.logsigmoid(lead) - smoothing * F.logsigmoid(-lead)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor,
+        doc_ids: Tensor,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        rewards, there = self.rewards(tokens, targets, positions, doc_ids, prefix)
+        return torch.where(there, self.losses(rewards), 0).sum()
+
+
+Objective = NextToken | Preferences

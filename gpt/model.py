@@ -10,7 +10,7 @@ Inside attention tensors are (B, heads, positions, D). Parameters carry the name
 
 import math
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -291,6 +291,11 @@ class OutputNormBlock(Block):
 BLOCKS: dict[str, type[Block]] = {"pre": Block, "post": PostNormBlock, "output": OutputNormBlock}
 
 
+def computed(block: nn.Module, *given: Any) -> Tensor:
+    """The block's answer, and all that its gradient needs kept until then."""
+    return block(*given)
+
+
 class Decoder(nn.Module):
     """Tokens to features: everything but the output head."""
 
@@ -306,6 +311,7 @@ class Decoder(nn.Module):
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
         self.norm = nn.Identity() if config.norm_at == "post" else norm_of(config, config.d_model)
         self.flex: Flex | None = None  # a kernel for attention inside documents, where one is applied
+        self.through: Callable[..., Tensor] = computed  # how a block is gone through: what is kept for its gradient
 
     def forward(
         self,
@@ -327,7 +333,7 @@ class Decoder(nn.Module):
         masks = {window: self.mask(window, bias, tokens, doc_ids, cache, slots, prefix) for window in set(self.windows)}
         x = self.dropout(self.embed_norm(self.position.embed(self.embed_tokens(tokens), at)))  # (B, T, C)
         for block, window in zip(self.layers, self.windows, strict=True):
-            x = block(x, angles, masks[window], cache, slots)
+            x = self.through(block, x, angles, masks[window], cache, slots)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)

@@ -1,13 +1,17 @@
-"""Optimizers: which rule updates which parameter. AdamW for all, or Muon for the blocks' matrices beside it."""
+"""Optimizers: which rule updates which parameter. AdamW for all, or Muon or 8-bit AdamW for the blocks' matrices beside it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from gpt import runtime
 from gpt.config import Settings
+
+PARTS = ("codes", "scale", "qmap")  # of an 8-bit state: a byte an element, a number a block of 256, what a byte means
 
 
 class OptimConfig(Settings):
@@ -26,11 +30,18 @@ class OptimConfig(Settings):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averages")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    state: Literal["fp32", "8bit"] = Field(
+        "fp32", description="AdamW's averages of the blocks' matrices; 8bit: by torchao (pip install torchao)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "adamw" and self.adamw_lr is not None:
             raise ValueError(f"adamw_lr ({self.adamw_lr}) is for kind 'muon'; with kind 'adamw' set lr alone")
+        if self.kind == "muon" and self.state != "fp32":
+            raise ValueError(
+                f"state ({self.state}) is for kind 'adamw': Muon's momentum stays fp32, and so do AdamW's averages beside it"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
@@ -80,29 +91,51 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(buffer, momentum)
 
 
+def _torchao() -> Any:
+    """torchao's optimizers; ValueError where they are not installed."""
+    try:
+        with runtime.hushed():
+            from torchao import optim
+            from torchao.optim import subclass_8bit
+    except ImportError as error:
+        raise ValueError(
+            f"optim.state=8bit needs torchao, which cannot be loaded here ({error}): pip install 'torchao>=0.18', or set "
+            "optim.state=fp32"
+        ) from None
+    return optim.AdamW8bit, subclass_8bit.OptimState8bit
+
+
 class Optimizer:
     """The optimizers of one model behind the few calls a trainer needs; state is keyed by parameter name."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parts = list(_build(self.names, config))
-        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        self.around: Callable[[], AbstractContextManager[None]] = (
+            runtime.uncompiled if config.state == "8bit" else nullcontext
+        )
+        self.peaks = [[float(group["lr"]) for group in part.param_groups] for part in self.parts]
 
     def step(self, factor: float) -> None:
         """Update every parameter from its gradient at `factor` times the peak learning rates; drop the gradients."""
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            part.step()
+                if isinstance(group["lr"], Tensor):  # torchao's, which wants the same tensor filled
+                    group["lr"].fill_(peak * factor)
+                else:
+                    group["lr"] = peak * factor
+            with self.around():
+                part.step()
             part.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """Every state tensor as "parameter name:state name"; shared, not copied."""
+        """Every state tensor as "parameter name:state name"; shared, not copied. An 8-bit one is three, "name.codes" and so on."""
         return {
-            f"{self.names[parameter]}:{name}": value
+            f"{self.names[parameter]}:{name}{suffix}": tensor
             for part in self.parts
             for parameter, values in part.state.items()
             for name, value in values.items()
+            for suffix, tensor in _plain(value)
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -116,24 +149,44 @@ class Optimizer:
             if name not in parameters:
                 raise ValueError(f"optimizer state '{key}' belongs to no parameter of this model")
             parameter = parameters[name]
-            if value.dim() and value.shape != parameter.shape:
+            kind, _, piece = kind.partition(".")
+            if value.dim() and piece in ("", PARTS[0]) and value.shape != parameter.shape:
                 raise ValueError(
                     f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
                 )
-            # AdamW keeps its step count on the CPU or, fused, on the parameter's device; both take a copy there.
-            owners[parameter].state[parameter][kind] = value.to(parameter.device).clone()
+            state = owners[parameter].state[parameter]
+            if not piece:
+                # AdamW keeps its step count on the CPU or, fused, on the parameter's device; both take a copy there.
+                state[kind] = value.to(parameter.device).clone()
+            elif piece == PARTS[0]:
+                pieces = (tensors[f"{name}:{kind}.{part}"].to(parameter.device).clone() for part in PARTS)
+                state[kind] = _torchao()[1](*pieces, kind == "exp_avg", parameter.dtype)
+
+
+def _plain(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(suffix of its name, tensor) for the tensors that a state is made of."""
+    if hasattr(value, PARTS[0]):
+        yield from ((f".{part}", getattr(value, part)) for part in PARTS)
+    else:
+        yield "", value
 
 
 def _build(names: Mapping[Tensor, str], config: OptimConfig) -> Iterator[torch.optim.Optimizer]:
-    """Matrices of the blocks (and an untied head) decay; norms, biases and embeddings do not."""
+    """Matrices of the blocks (and an untied head) decay; norms, biases and embeddings do not.
+
+    Embeddings and head keep 32-bit averages (Dettmers et al. 2022, section 2.3).
+    """
     blocks = [p for p, name in names.items() if p.dim() == 2 and ".layers." in name]
     head = [p for p, name in names.items() if name == "lm_head.weight"]
     rest = [p for p, name in names.items() if not (p.dim() == 2 and ".layers." in name) and name != "lm_head.weight"]
     adamw_lr = config.lr if config.kind == "adamw" else config.adamw_lr or 3e-3
-    decaying = head if config.kind == "muon" else blocks + head
+    apart = config.kind == "muon" or config.state == "8bit"
+    decaying = head if apart else blocks + head
     groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0}]
     if decaying:
         groups.append({"params": decaying, "weight_decay": config.weight_decay})
     yield torch.optim.AdamW(groups, lr=adamw_lr, betas=config.betas, fused=True)
     if config.kind == "muon":
         yield Muon(blocks, config.lr, config.momentum, config.weight_decay)
+    if config.state == "8bit":
+        yield _torchao()[0](blocks, config.lr, config.betas, weight_decay=config.weight_decay)

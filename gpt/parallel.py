@@ -1,20 +1,36 @@
-"""What is applied to a finished objective to run it faster: compilation, and a kernel for document masks. The model never knows."""
+"""What is applied to a finished objective: less memory, compilation, a kernel for document masks. The model never knows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from gpt.loss import NextToken
-from gpt.model import GPT
+from gpt.model import GPT, computed
 
 Forward = Callable[..., Tensor]  # NextToken.forward's arguments
 PROBE = (1, 256)  # rows and tokens that show whether a kernel works here
 
 
-def applied(objective: NextToken, *, compile: bool) -> Forward:
-    """The function that training calls in place of `objective`; it shares the objective's parameters."""
+def recomputed(block: nn.Module, *given: Any) -> Tensor:
+    """The block's answer; of what its gradient needs only `given` is kept, the rest is computed again (Chen et al. 2016).
+
+    Random numbers are drawn again as they fell, so that dropout hides the same columns.
+    """
+    if not torch.is_grad_enabled():
+        return block(*given)
+    return checkpoint(block, *given, use_reentrant=False)
+
+
+def applied(objective: NextToken, *, compile: bool, checkpointing: str = "none") -> Forward:
+    """The function that training calls in place of `objective`; it shares the objective's parameters.
+
+    The order matters: blocks are told what to keep before the compiler sees them.
+    """
+    objective.model.model.through = {"none": computed, "full": recomputed}[checkpointing]
     if not compile:
         return objective
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # the compiler learns it here

@@ -48,6 +48,9 @@ class TrainingConfig(Settings):
         "auto", description="dtype of matrix products; weights stay fp32"
     )
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: where it repays its own time")
+    checkpointing: Literal["none", "full"] = Field(
+        "none", description="full: keep of each block what it reads, and compute it again for its gradient"
+    )
     threads: Literal["auto"] | int = Field("auto", description="CPU threads; auto: every core")
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better val_bpb")
 
@@ -104,8 +107,9 @@ def micro_batch(config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len
             raise ValueError(f"train.micro_batch ({config.micro_batch}) must divide the batch's {n_rows} rows")
         return config.micro_batch
     # About 34 d bytes a layer and token in bf16 for a 4 d MLP (Korthikanti et al. 2022), twice that for fp32 copies;
-    # the head works in chunks.
-    bytes_per_token = 68 * model.d_model * model.n_layer
+    # the head works in chunks. Checkpointing keeps one block's, and an fp32 copy of the stream before each.
+    kept = 68 * model.n_layer if config.checkpointing == "none" else 68 + 4 * model.n_layer
+    bytes_per_token = kept * model.d_model
     tokens = runtime.free_memory_bytes(device) // 2 // bytes_per_token
     tokens = min(tokens, CPU_MICRO_BATCH_TOKENS) if device == "cpu" else tokens
     return max((rows for rows in range(1, n_rows + 1) if n_rows % rows == 0 and rows * seq_len <= tokens), default=1)
@@ -188,17 +192,23 @@ def n_parameters(model: GPT) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def n_trained(model: GPT) -> int:
+    """Parameters that an update moves."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def flops_per_token(model: GPT, seq_len: int) -> float:
     """Training FLOPs of a token: 6 a matrix parameter, 12 H D T a layer for attention (PaLM, appendix B: not causal).
 
-    T is at most the layer's sliding window.
+    T is at most the layer's sliding window. A frozen matrix takes 4: it gets no gradient of its own.
     """
     c = model.config
     looked_up = ("model.embed_tokens", "model.position")
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(looked_up))
-    head = model.lm_head.weight.numel() if c.tie_embeddings else 0
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(looked_up)]
+    products = [*matrices, model.lm_head.weight] if c.tie_embeddings else matrices
     seen = sum(min(c.window_of(layer) or seq_len, seq_len) for layer in range(c.n_layer))
-    return 6 * (matrices + head) + 12 * c.n_head * c.d_head * seen
+    flops = sum((6 if p.requires_grad else 4) * p.numel() for p in products)
+    return flops + 12 * c.n_head * c.d_head * seen
 
 
 def peak_flops(device: str) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gpt import config, corpus, durable, growth, scan, signals, workers, workplace
+from gpt import chat, config, corpus, durable, growth, scan, signals, workers, workplace
 from gpt import tokenizer as tokenizers
 from gpt.census import Report, census, say, show
 from gpt.encode import Encoder
@@ -105,7 +105,13 @@ def _plan(
     """The plan of the corpus, and its tokenizer, which is stored; None if `out` is up to date."""
     inputs, names = _inputs(settings, out, work, console)
     imported = Tokenizer.load(Path(settings.tokenizer)) if settings.tokenizer is not None else None
+    spoken = {item.kind for item in inputs} & {"chat", "pair"}
+    if imported is not None and spoken:
+        chat.reply_ends(imported)  # it says in words that there is no template, before the text is read
     identity = _identity(settings, names, imported)
+    if spoken:
+        template = None if imported is None else imported.chat_template
+        identity["spoken"] = [sorted(spoken), template and hashlib.sha256(template.encode()).hexdigest()]
     stands = out.exists() and _stands(out, identity, overwrite)
     seen = _pass(settings, inputs, work, console)
     found = scan.survey(work, drop=settings.duplicates == "drop")
@@ -185,7 +191,9 @@ def _check_text(settings: PrepareConfig, found: Survey, seen: scan.Pass) -> None
             why = "all of their documents are in the training inputs too" if found.n_repeated else "they have no text"
             raise ValueError(f"the validation split has no document: the validation inputs are empty: {why}")
     elif _split(settings, found).mode == "hash" and found.lowest == found.highest:
-        raise ValueError("split by hash leaves a split without a document: all documents are the same; set split=tail")
+        whole = any(source.whole for source in settings.input)
+        instead = "name validation inputs" if whole else "set split=tail"
+        raise ValueError(f"split by hash leaves a split without a document: all documents are the same; {instead}")
 
 
 def _check_ids(settings: PrepareConfig) -> Callable[[str, str], None]:
@@ -203,8 +211,8 @@ def _check_ids(settings: PrepareConfig) -> Callable[[str, str], None]:
 def _split(settings: PrepareConfig, found: Survey, bytes_per_token: float | None = None) -> Split:
     """Where the held-out text lies. At most val_tokens of it, once `bytes_per_token` is known."""
     asked = settings.split if settings.validation is None else "given"
-    if asked == "auto" and any(source.prompt for source in settings.input):
-        asked = "hash"  # what has a prompt must stay whole
+    if asked == "auto" and any(source.whole for source in settings.input):
+        asked = "hash"  # what is only partly learned must stay whole
     most = None if bytes_per_token is None else settings.val_tokens * bytes_per_token
     return scan.choose_split(found, asked=asked, fraction=settings.val_fraction, most_bytes=most)
 
@@ -376,11 +384,18 @@ def _publish(plan: Plan, out: Path, tokenizer: Tokenizer, console: Console) -> R
             f"{out}: {len(missing)} of {len(job.chunks)} chunks are not encoded: {shown}; run {again or '--part 1/1'}"
         )
     made = [workers.Made.load(job.record(number)) for number in range(len(job.chunks))]
+    spoken = _together([one.spoken for one in made])
     splits = {split: [one.entries[split] for one in made if split in one.entries] for split in SPLITS}
     for split, entries in splits.items():
         if not entries:
-            raise ValueError(f"split {split} has no document; change val_fraction or split, or add text")
-    totals = _check_totals(plan, made)
+            refused = f": {spoken.n_refused:,} were refused, first {spoken.refused[0]}" if spoken.n_refused else ""
+            raise ValueError(f"split {split} has no document{refused}; change val_fraction or split, or add text")
+    if not any(one.n_trained for one in made):
+        raise ValueError(
+            "every target is masked: nothing in the training split would be learned; its documents have prompts and no "
+            "answers, or the tokenizer's chat template marks none"
+        )
+    totals = _check_totals(plan, made, spoken)
     durable.sweep(job.finished)  # what parts that were killed left
     write_manifest(
         workers.Folder(job.finished),
@@ -390,29 +405,58 @@ def _publish(plan: Plan, out: Path, tokenizer: Tokenizer, console: Console) -> R
         splits=splits,
         sources=plan.sources,
         settings=plan.identity,
+        conversations=spoken.n_conversations > 0,
+        pairs=spoken.n_pairs > 0,
     )
     durable.publish(job.finished, out)
     how = ", ".join(sorted({one.how for one in made}))
-    notes = [*plan.notes, totals, f"encoded by {how}"]
-    report = census(out, tokenizer, notes=notes, skipped=plan.skipped, n_skipped=plan.n_skipped)
+    notes = [*plan.notes, *_told(spoken), totals, f"encoded by {how}"]
+    skipped, n_skipped = [*plan.skipped, *spoken.refused], plan.n_skipped + spoken.n_refused
+    report = census(out, tokenizer, notes=notes, skipped=skipped, n_skipped=n_skipped)
     show(report, console)
     return report
 
 
-def _check_totals(plan: Plan, made: Sequence[workers.Made]) -> str:
-    """A line that says so, or CorruptError, unless every document, byte and id that went in is in a shard, once."""
+def _together(counts: Sequence[workers.Spoken]) -> workers.Spoken:
+    """What is counted of conversations in all chunks."""
+    total = workers.Spoken()
+    for one in counts:
+        for name, value in vars(one).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total
+
+
+def _told(spoken: workers.Spoken) -> list[str]:
+    """A line on the conversations, if there are any."""
+    if not spoken.n_conversations:
+        return []
+    n, per = spoken.n_conversations, spoken.n_turns / spoken.n_conversations
+    pairs = f" in {spoken.n_pairs:,} pairs" if spoken.n_pairs else ""
+    return [f"conversations: {n:,}{pairs}, {spoken.n_turns:,} turns ({per:.1f} each)"]
+
+
+def _check_totals(plan: Plan, made: Sequence[workers.Made], spoken: workers.Spoken) -> str:
+    """A line that says so, or CorruptError, unless every document, byte and id that went in is in a shard, once. What a
+    template refused did not go in, a pair is two documents, and a template has start tokens of its own."""
     entries = [entry for one in made for entry in one.entries.values()]
     n_parts, n_tokens = sum(entry.n_documents for entry in entries), sum(entry.n_tokens for entry in entries)
     n_documents, n_ids = sum(one.n_documents for one in made), sum(one.n_ids for one in made)
-    into = {"documents": plan.n_documents, "bytes": plan.n_bytes, "tokens": n_ids + n_parts}
+    n_starts = n_parts - spoken.n_conversations
+    into = {
+        "documents": plan.n_documents - spoken.n_refused,
+        "bytes": plan.n_bytes - spoken.refused_bytes,
+        "tokens": n_ids + n_starts,
+    }
     out = {"documents": n_documents, "bytes": sum(entry.n_bytes for entry in entries), "tokens": n_tokens}
-    cut = n_parts - n_documents  # documents of which both splits have a part
+    cut = n_parts - spoken.n_pairs - n_documents  # documents of which both splits have a part
     if into != out or cut < 0 or (cut and plan.job.split.mode != "tail"):
         raise durable.CorruptError(
             f"{plan.job.work}: {into} went in and {out} in {n_parts} parts came out; delete it and prepare again"
         )
     same = ", ".join(f"{n:,} {what}" for what, n in into.items())
-    return f"in = out: {same} (with a start token for each of {n_parts:,} documents{' and tails' if cut else ''})"
+    if not n_starts:
+        return f"in = out: {same}"
+    return f"in = out: {same} (with a start token for each of {n_starts:,} documents{' and tails' if cut else ''})"
 
 
 def _n_cores() -> int:

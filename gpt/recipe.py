@@ -88,8 +88,15 @@ class PrepareConfig(Settings):
             raise ValueError(
                 "grow and add_tokens are two ways to add to a vocabulary: use one, then the other on its data set"
             )
-        if self.split == "tail" and any(source.prompt for source in self.input):
-            raise ValueError("split tail cuts documents, and what has a prompt must stay whole; set split=hash")
+        sources = (*self.input, *(self.validation or ()))
+        if self.split == "tail" and any(source.whole for source in self.input):
+            raise ValueError(
+                "split tail cuts documents, and what has a prompt, as conversations do, must stay whole; set split=hash"
+            )
+        if any(source.preference for source in sources) and not all(source.preference for source in sources):
+            raise ValueError("a data set of pairs (preference) has nothing else in it; prepare the other inputs apart")
+        if self.kind == "ids" and any(source.spoken for source in sources):
+            raise ValueError("kind ids has no words for what is said; leave kind out for conversations")
         if self.kind == "ids" and self.vocab_size is None and self.tokenizer is None:
             raise ValueError("kind ids needs vocab_size: how many ids there are, 0 to vocab_size - 1")
         if self.kind == "bpe" and self.vocab_size is not None and self.vocab_size < tokenizers.MIN_VOCAB_SIZE:

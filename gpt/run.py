@@ -14,6 +14,7 @@ from gpt import durable, hub
 MANIFEST = "manifest.json"  # written last: a checkpoint without it does not count
 STATES = ("running", "preempted", "done", "failed")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+ADAPTER = "adapter_config.json"  # a directory that holds it is an adapter; its base stands elsewhere
 KINDS = (
     "a run (runs/NAME), a checkpoint in it, or a Hugging Face model: a directory (config.json, model.safetensors) or"
     " hub:ORG/NAME[@REVISION]"
@@ -122,7 +123,7 @@ def resolve(source: str) -> tuple[Path, str]:
         return _in_run(path, which)
     if at:
         raise ValueError(f"{path} is not a run, so '@{which}' names nothing in it")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path, str(path)
     raise ValueError(f"{path} is not a model; expected {KINDS}")
 

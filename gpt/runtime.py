@@ -4,13 +4,15 @@ This is the only room that reads the environment. It decides nothing that a sett
 """
 
 import hashlib
+import logging
 import os
 import platform
 import resource
 import shutil
 import sys
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -119,6 +121,22 @@ def _private_compiler_cache() -> None:
 def autocast(device: str, dtype: str) -> AbstractContextManager[None]:
     """Matrix products in `dtype`, weights and reductions in fp32."""
     return torch.autocast(device.partition(":")[0], DTYPES[dtype], enabled=dtype != "float32")
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """What would compile itself runs as it is written: it needs no compiler, and its bits repeat."""
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Loggers are silent: a library that reports while it loads which kernels of other machines it lacks."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def synchronize(device: str) -> None:

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
-from gpt import corpus, fields, signals
+from gpt import conversations, corpus, fields, signals
 from gpt.corpus import BadRecord
-from gpt.table import GIVEN, Input, Table, Writer, texts, values
+from gpt.table import GIVEN, Input, Kind, Table, Writer, texts, values
 
 CHUNK_BYTES = 64 << 20  # of a chunk's text, of large corpora; those of smaller ones are a CHUNKS-th of it
 LEAST_BYTES = 8 << 20  # but at least this
@@ -36,7 +36,7 @@ VAL = GIVEN.index("val")
 class Part(NamedTuple):
     """Text of a document in one split, its raw UTF-8 bytes, its source's number, whether it is the first of it.
 
-    `prompted`: fields.BORDER parts it into what is only read and what is learned.
+    `file` and `start` are where the document stands, as in the table.
     """
 
     split: str
@@ -44,7 +44,9 @@ class Part(NamedTuple):
     n_bytes: int
     source: int
     begins: bool
-    prompted: bool = False
+    kind: Kind = "text"
+    file: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ class Split:
     threshold: int  # hash: documents whose value is below are held out
 
     def parts(
-        self, given: str | None, text: str, n_bytes: int, value: int, source: int, prompted: bool
+        self, given: str | None, text: str, n_bytes: int, value: int, source: int, *rest: Any
     ) -> Sequence[Part]:
-        """The parts of a document that have any text. `n_bytes` may count other bytes than the text's, if normalized."""
+        """The parts of a document that have any text. `n_bytes` may count other bytes than the text's, if normalized.
+        `rest` is what a Part has besides, of a document that is not cut."""
         if self.mode == "hash":
-            return (Part("val" if value < self.threshold else "train", text, n_bytes, source, True, prompted),)
+            return (Part("val" if value < self.threshold else "train", text, n_bytes, source, True, *rest),)
         if self.mode == "given":
-            return (Part(given or "train", text, n_bytes, source, True, prompted),)
+            return (Part(given or "train", text, n_bytes, source, True, *rest),)
         cut = self.cut(len(text))
         n_held_out = min(n_bytes, len(text[cut:].encode())) if cut else n_bytes
         both = (
@@ -218,12 +221,13 @@ def parts(inputs: Sequence[Input], work: Path, chunk: Chunk, split: Split, *, sk
     rows = Table(work).read(chunk.first, chunk.last)
     found = zip(
         texts(inputs, work, rows, skip_bad=skip_bad),
-        values(rows, "dropped", "given", "n_bytes", "value", "source", "file"),
+        values(rows, "dropped", "given", "n_bytes", "value", "source", "file", "start"),
         strict=True,
     )
-    for text, (dropped, given, n_bytes, value, source, file) in found:
+    kinds = [item.kind for item in inputs]
+    for text, (dropped, given, n_bytes, value, source, file, start) in found:
         if not dropped:
-            yield from split.parts(GIVEN[given], text, n_bytes, value, source, inputs[file].prompted)
+            yield from split.parts(GIVEN[given], text, n_bytes, value, source, kinds[file], file, start)
 
 
 # The tokenizer's sample
@@ -332,11 +336,18 @@ class Sample:
                 signals.check()
                 if self._split.mode == "tail":
                     text = text[: self._split.cut(len(text))]
-                elif self._inputs[int(run[i - first]["file"])].prompted:
-                    text = text.replace(fields.BORDER, "")
+                else:
+                    text = _readable(text, self._inputs[int(run[i - first]["file"])].kind)
                 for number in self._number[bounds[i] : bounds[i + 1]].tolist():
                     yield text[number * PIECE_CHARACTERS : (number + 1) * PIECE_CHARACTERS]
             first += n
+
+
+def _readable(text: str, kind: Kind) -> str:
+    """What a vocabulary learns of a text."""
+    if kind == "prompted":
+        return text.replace(fields.BORDER, "")
+    return text if kind == "text" else conversations.plain(conversations.load(text))
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gpt import adapters, durable, growth, hf, parallel, plan, quantize, runtime, signals
 from gpt import config as settings
-from gpt import durable, growth, hf, parallel, plan, runtime, signals
+from gpt.adapters import AdapterConfig
 from gpt.checkpoint import CheckpointConfig, Checkpoints, load_weights
 from gpt.config import Settings
 from gpt.data import Batch, Data, DataConfig, Loader
@@ -20,7 +21,7 @@ from gpt.loss import NextToken
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.optim import OptimConfig, Optimizer
 from gpt.plan import Choices, TrainingConfig
-from gpt.run import RunDirectory, resolve
+from gpt.run import ADAPTER, RunDirectory, resolve
 from gpt.schedule import ScheduleConfig
 from gpt.tokenizer import Tokenizer
 
@@ -46,6 +47,9 @@ class TrainConfig(Settings):
     model: ModelConfig = Field(
         default_factory=ModelConfig, description="the decoder's shape; with init_from only dropout may be set"
     )
+    adapter: AdapterConfig | None = Field(
+        None, description="train an adapter on init_from, which stays as it is; null: train everything"
+    )
     train: TrainingConfig = Field(description="how long, in what portions and on what")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="how parameters move")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate over the run")
@@ -65,6 +69,8 @@ def check(given: TrainConfig) -> None:
         raise ValueError(
             f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of data.seq_len ({given.data.seq_len})"
         )
+    if given.adapter is not None and given.init_from is None:
+        raise ValueError("an adapter is trained on a model that is there: name it, init_from: runs/NAME, or set adapter=null")
     if given.train.device != "auto":
         runtime.check_device(given.train.device)
 
@@ -141,11 +147,23 @@ def _filled(given: TrainConfig) -> list[str]:
     return [name for name in ("vocab_size", "max_seq_len") if getattr(given.model, name) is None]
 
 
-def source(given: TrainConfig, data: Data, say: Say) -> GPT | None:
-    """The model of init_from, grown if the data set's tokenizer is its own grown; ValueError if it is another one."""
+def base(given: TrainConfig, latest: Path | None) -> hf.Base | None:
+    """What the run's adapter stands on: what its latest checkpoint names, or else init_from; None without an adapter."""
+    if given.adapter is None or given.init_from is None:
+        return None
+    if latest is None:
+        return hf.base(given.init_from)
+    return hf.base_of(latest) if (latest / ADAPTER).exists() else None  # `agree` will say what is wrong
+
+
+def source(given: TrainConfig, data: Data, say: Say, base: hf.Base | None = None) -> GPT | None:
+    """The model of init_from, grown if the data set's tokenizer is its own grown; ValueError if it is another one.
+
+    `base` is the one that an adapter stands on, of which init_from may since name a better checkpoint.
+    """
     if given.init_from is None:
         return None
-    path, what = resolve(given.init_from)
+    path, what = resolve(given.init_from) if base is None else (base.path, str(base.path))
     say(f"init_from: {what}")
     model, tokenizer = hf.load(path)
     if tokenizer.sha256 == data.tokenizer.sha256:
@@ -157,6 +175,11 @@ def source(given: TrainConfig, data: Data, say: Say) -> GPT | None:
             f"{names(data)} was prepared with another tokenizer than {path} ({error}): "
             f"prepare the text again with --tokenizer {given.init_from}"
         ) from None
+    if given.adapter is not None and not given.adapter.embeddings:
+        raise ValueError(
+            f"{names(data)} has {len(new):,} tokens that {path} does not know, and an adapter would leave them untrained: set "
+            f"adapter.embeddings=true, or prepare the text with --tokenizer {given.init_from}"
+        )
     say(f"vocabulary: {len(new):,} new tokens, each begins as the mean of those it takes the place of")
     return _grown(model, tokenizer, data.tokenizer)
 
@@ -165,12 +188,8 @@ def _grown(model: GPT, old: Tokenizer, new: Tokenizer) -> GPT:
     """`model` with rows for the tokens that `new` has more than `old`."""
     assert model.config.vocab_size is not None
     rows = max(model.config.vocab_size, new.padded_size)
-    with torch.device("meta"):  # shapes only
-        grown = GPT(model.config.model_copy(update={"vocab_size": rows}))
-    grown.load_state_dict(growth.extend(model.state_dict(), old, new, rows), assign=True)
-    if model.config.tie_embeddings:
-        grown.lm_head.weight = grown.model.embed_tokens.weight
-    return grown
+    grown = model.config.model_copy(update={"vocab_size": rows})
+    return hf.adopt(grown, growth.extend(model.state_dict(), old, new, rows))
 
 
 def _source_shape(given: TrainConfig, source: GPT) -> ModelConfig:
@@ -183,8 +202,11 @@ def _source_shape(given: TrainConfig, source: GPT) -> ModelConfig:
     return source.config.model_copy(update={"dropout": given.model.dropout})
 
 
-def build(config: TrainConfig, say: Say) -> GPT:
-    """The model on its device, its weights still to be filled in; this process is set up for it."""
+def build(config: TrainConfig, source: GPT | None, say: Say) -> GPT:
+    """The model on its device, its weights still to be filled in; this process is set up for it.
+
+    Under an adapter the source's own tensors are the frozen base, without a copy.
+    """
     device, dtype, threads, why = plan.machine(config.train)
     if (choices := config.choices) is not None:
         device, dtype, threads = choices.device, choices.dtype, choices.threads
@@ -201,20 +223,36 @@ def build(config: TrainConfig, say: Say) -> GPT:
                 say(f"started on {was}, now on {now}: the run continues, its bits may differ")
     say(f"device: {why}")
     runtime.setup(device, threads)
-    model = GPT(config.model).to(device)
-    say(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
+    if config.adapter is None:
+        model = GPT(config.model).to(device)
+        say(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
+        return model
+    assert source is not None
+    model = hf.adopt(config.model, source.state_dict())
+    n_base = plan.n_parameters(model)
+    if config.adapter.base_dtype != "fp32":
+        quantize.quantized(model, config.adapter.base_dtype)
+    model.to(device)
+    adapters.put_on(model, config.adapter)
+    n_trained = plan.n_trained(model)
+    say(f"model: {n_base / 1e6:.2f}M parameters, {n_trained / 1e6:.2f}M trained ({config.adapter.kind})")
     return model
 
 
 def check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT) -> None:
     """OSError unless the run's checkpoints, with one more while it is written, fit on the disk."""
     to_come = max(0, keep + 1 - len(saves.steps())) + 1
-    durable.check_space(run.path, to_come * 12 * plan.n_parameters(model))
+    durable.check_space(run.path, to_come * 12 * plan.n_trained(model))
 
 
 def fill(model: GPT, config: TrainConfig, latest: Path | None, source: GPT | None) -> None:
     """Give the model its weights: the latest checkpoint's, the source's, or fresh ones from the seed."""
-    if latest is not None:
+    if config.adapter is not None:
+        if latest is None:
+            adapters.fill(model, runtime.key(config.seed, 0, "adapter"))
+        else:
+            hf.load_adapter(model, latest)
+    elif latest is not None:
         model.load_state_dict(hf.from_disk(config.model, load_weights(latest)))
     elif source is not None:
         model.load_state_dict(source.state_dict())
@@ -306,7 +344,8 @@ def _choose(
             torch=runtime.torch_version(),
             cpu=runtime.cpu_kind(),
         )
-        forward, optimizer = parallel.applied(objective, compile=compile), Optimizer(model, config.optim)
+        forward = parallel.applied(objective, compile=compile, checkpointing=config.train.checkpointing)
+        optimizer = Optimizer(model, config.optim)
         step, start, enough = 0, time.perf_counter(), PROBE_SHARE * (config.train.time or 0)
         while step < PROBE_UPDATES or time.perf_counter() - start < enough:
             signals.check()
@@ -325,7 +364,7 @@ def _choose(
     def extra(update_s: float) -> float:
         """An evaluated token costs a third of a trained one; a save writes 12 bytes a parameter at about 300 MB/s."""
         evaluation = update_s / 3 * evaluated(views(data), config.eval.tokens) / config.train.batch_tokens
-        return evaluation / config.eval.every + 12 * plan.n_parameters(model) / 3e8 / config.checkpoint.every
+        return evaluation / config.eval.every + 12 * plan.n_trained(model) / 3e8 / config.checkpoint.every
 
     return plan.choose(
         config.train,

@@ -75,7 +75,8 @@ class ShardEntry:
 class Tokens(Protocol):
     """What a split offers, whatever it is stored as: documents one after another, read as a circle.
 
-    A document opens with the start token, so what follows the last token of a document, and of the split, is one.
+    A document opens with the start token, so what follows the last token of a document, and of the split, is one. A
+    conversation opens as its template does, and nothing of that is learned.
     """
 
     path: Path
@@ -87,6 +88,8 @@ class Tokens(Protocol):
     dtype: np.dtype
     n_documents: int
     n_bytes: int
+    conversations: bool  # whether there are documents that are conversations
+    pairs: bool  # whether documents 2n and 2n + 1 are conversations with one beginning, of which the first is preferred
 
     @property
     def n_tokens(self) -> int: ...
@@ -204,14 +207,21 @@ def write_manifest(
     splits: Mapping[str, list[ShardEntry]],
     sources: list[str],
     settings: Mapping[str, Any],
+    conversations: bool = False,
+    pairs: bool = False,
 ) -> None:
-    """Write manifest.json: what the data set is, a hash of every shard, and a checksum of its own."""
+    """Write manifest.json: what the data set is, a hash of every shard, and a checksum of its own.
+
+    `conversations`, `pairs`: what its documents are, as in `Tokens`.
+    """
     manifest: dict[str, Any] = {
         "format": VERSION,
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": vocab_size,
         "start_id": start_id,
         "sources": sources,
+        "conversations": conversations or pairs,
+        "pairs": pairs,
         "settings": dict(settings),
         "splits": {name: [asdict(entry) for entry in entries] for name, entries in splits.items()},
     }
@@ -321,7 +331,7 @@ class Shard:
 class TokenSet:
     """One split of a prepared data set: its documents' tokens one after another, read as a circle.
 
-    Every document opens with the start token; the target of the last token is token 0, the closing delimiter.
+    Every text opens with the start token; the target of the last token is token 0, the closing delimiter.
     FileNotFoundError, ValueError or CorruptError in words for what is no data set, has no such split, or is not whole.
     """
 
@@ -332,6 +342,8 @@ class TokenSet:
         self.start_id: int = manifest["start_id"]
         self.tokenizer_sha256: str = manifest["tokenizer_sha256"]
         self.sources: list[str] = manifest["sources"]
+        self.conversations: bool = manifest.get("conversations", False)  # older manifests are of text
+        self.pairs: bool = manifest.get("pairs", False)
         if split not in manifest["splits"]:
             raise ValueError(f"{path}: no split '{split}'; there is {', '.join(manifest['splits'])}")
         self.entries = [_entry(path, values) for values in manifest["splits"][split]]

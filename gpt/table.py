@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -38,6 +39,7 @@ ROW = np.dtype(
 _ROW = struct.Struct("<QQQQQQIHBB")
 _DIGEST = struct.Struct(">QQ16x")
 GIVEN = (None, "train", "val")
+Kind = Literal["text", "prompted", "chat", "pair"]  # of a text: all learned, parted by fields.BORDER, canonical JSON
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Input:
     given: str | None
 
     @property
-    def prompted(self) -> bool:
-        """Whether its documents have prompts."""
-        return self.file.source.prompt is not None
+    def kind(self) -> Kind:
+        """What its documents' texts are."""
+        return self.file.source.spoken or ("text" if self.file.source.prompt is None else "prompted")
 
 
 class Changed(ValueError):

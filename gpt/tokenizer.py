@@ -23,6 +23,7 @@ Kind = Literal["bpe", "char", "word", "ids"]  # ids: decimal numbers with a spac
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, IM_START, IM_END, *(f"<|reserved_{i}|>" for i in range(5)))
+CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
 UNKNOWN = "<|unk|>"  # only in vocabularies of characters or words: bytes know everything
 
 # The pre-tokenizer of DeepSeek-V3, which llama.cpp knows as "deepseek-v3": digits by at most three, Han and kana apart
@@ -78,7 +79,7 @@ class Tokenizer:
         self._check_text_is_text()
         self.start_id, self.end_id = self.vocab[self._config["bos_token"]], self.vocab[self._config["eos_token"]]
         self.pad_id = self.vocab[self._config["pad_token"]]
-        self.chat_template: str | None = self._config.get("chat_template")  # text, for others to read: never run here
+        self.chat_template: str | None = self._config.get("chat_template")  # run by gpt.chat alone, in a sandbox
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -115,10 +116,15 @@ class Tokenizer:
             )
         end = names["eos_token"] or fallback or start
         names |= {"bos_token": start, "eos_token": end, "pad_token": names["pad_token"] or end}
-        kept = {"chat_template": config["chat_template"]} if isinstance(config.get("chat_template"), str) else {}
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, each under a name
+            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+            template = named.get("default")
+        kept = {"chat_template": template} if isinstance(template, str) else {}
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "split_special_tokens": True,
+            # Others write a conversation out as text and read its control tokens from it; without chats, text is text.
+            "split_special_tokens": not kept,
             "clean_up_tokenization_spaces": False,
             "add_bos_token": False,
             "add_eos_token": False,
@@ -289,6 +295,11 @@ class Tokenizer:
         """The content of tokenizer.json."""
         return self._raw
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of tokenizer_config.json, as it is written."""
+        return self._config
+
     def files(self) -> dict[str, bytes]:
         """What a data set or checkpoint stores: tokenizer.json, and tokenizer_config.json, without which transformers
         would swap in the pre-tokenizer of a model type and read control tokens from text."""
@@ -348,7 +359,8 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int | None, *, corpus_by
             f"{'once' if kind == 'char' else 'twice'} included; set vocab_size={got} or less, or leave it out"
         )
     unknown = {} if kind == "bpe" else {"unk_token": UNKNOWN}
-    return Tokenizer(json.loads(backend.to_str()), {"bos_token": END, "eos_token": END, **unknown})
+    names = {"bos_token": END, "eos_token": END, **unknown}
+    return Tokenizer(json.loads(backend.to_str()), names | {"chat_template": CHATML})
 
 
 def _bare(kind: str) -> Backend:

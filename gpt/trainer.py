@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from gpt import adapters, durable, hf, parallel, plan, runtime, settle, signals
 from gpt import config as settings
-from gpt import durable, hf, parallel, plan, runtime, settle, signals
-from gpt.checkpoint import Checkpoints, load_optimizer, load_state, save
+from gpt.checkpoint import ADAPTER, WEIGHTS, Checkpoints, load_optimizer, load_state, save
 from gpt.data import Batch, Data, Loader, open_data, prefetched
 from gpt.evaluate import evaluate, views
 from gpt.generate import Sampling, complete
@@ -82,6 +82,7 @@ class Session:
     objective: NextToken
     optimizer: Optimizer
     elapsed: Callable[[], float]  # seconds of training, over all resumes
+    base: hf.Base | None  # what an adapter stands on
     scores: dict[int, float] = field(init=False)  # val_bpb by step
     sampled: set[int] = field(init=False)  # steps whose sample stands in metrics.jsonl
 
@@ -114,12 +115,17 @@ class Session:
         """Write the checkpoint of `step`, if it is not there, then let go of those that are neither new nor best."""
         if step in self.saves.steps():
             return
-        model = self.objective.model
+        model, tokenizer, adapter = self.objective.model, self.data.tokenizer, self.config.adapter
+        if adapter is None or self.base is None:
+            files, weights = hf.model_files(model.config, tokenizer), hf.to_disk(model.config, model.state_dict())
+        else:
+            files, weights = hf.adapter_files(model, tokenizer, adapter, self.base), adapters.to_peft(model)
         self.log.sync()
         save(
             self.saves.path(step),
-            model_files=hf.model_files(model.config, self.data.tokenizer),
-            weights=hf.to_disk(model.config, model.state_dict()),
+            model_files=files,
+            weights=weights,
+            weights_file=WEIGHTS if adapter is None else ADAPTER,
             optimizer=self.optimizer.state(),
             run_yaml=settings.dump(self.config),
             state=asdict(State(step, self.tokens(step), self.elapsed())),
@@ -216,10 +222,12 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
         def elapsed() -> float:
             return state.elapsed_s + time.monotonic() - began
 
-        source = settle.source(given, data, say) if latest is None else None
+        base = settle.base(given, latest)
+        source = settle.source(given, data, say, base) if latest is None or base is not None else None
         config = settle.agree(given, run, latest, data, source)
         with _recorded(run, saves):
-            model = settle.build(config, say)
+            model = settle.build(config, source, say)
+            source = source if config.adapter is None else None  # its tensors are the model's now
             settle.check_space(run, saves, given.checkpoint.keep, model)
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
             fill = partial(settle.fill, model, config, latest, source)
@@ -232,7 +240,7 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
             run.truncate_metrics(-1 if latest is None else state.step)
             objective, steps = NextToken(model), config.choices.steps
             with Log(run.path, config.log, run_config=_public(config), steps=steps, console=console) as log:
-                at_work = (run, saves, log, data, loader, objective, optimizer, elapsed)
+                at_work = (run, saves, log, data, loader, objective, optimizer, elapsed, base)
                 session = Session(config, config.choices, *at_work)
                 last = _loop(session, state.step)
         early = f"no better val_bpb in {config.train.patience} evaluations"
@@ -243,7 +251,9 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
 def _loop(session: Session, start: int) -> int:
     """Make updates start + 1 .. steps and do what is due after each; return the last step made."""
     config, choices = session.config, session.choices
-    forward = parallel.applied(session.objective, compile=choices.compile)
+    forward = parallel.applied(
+        session.objective, compile=choices.compile, checkpointing=config.train.checkpointing
+    )
     session.observe(start)
     if session.out_of_patience():
         return start

@@ -20,6 +20,7 @@ class View:
         self.base, self.path, self.fingerprint = base, base.path, base.fingerprint
         self.vocab_size, self.start_id, self.dtype = base.vocab_size, base.start_id, base.dtype
         self.tokenizer_sha256, self.sources = base.tokenizer_sha256, base.sources
+        self.conversations, self.pairs = base.conversations, base.pairs
         chosen = np.isin(base.document_sources, numbers)
         self._documents = np.flatnonzero(chosen)
         self.n_documents = len(self._documents)

@@ -13,18 +13,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gpt import durable, signals
+from gpt import chat, conversations, durable, signals
 from gpt.census import say
+from gpt.conversations import Conversation, Pair
+from gpt.corpus import SKIPPING
 from gpt.encode import Encoder
 from gpt.fields import segments
+from gpt.formats import BadRecord
 from gpt.scan import SPLITS, Chunk, Part, Split, parts
 from gpt.shards import DOCUMENT, SPAN, SPAN_KINDS, ShardEntry, Span, token_dtype, write_arrays
 from gpt.table import Input
@@ -32,6 +35,7 @@ from gpt.tokenizer import Tokenizer
 
 BATCH_BYTES = 4 << 20  # text that is encoded at a time
 BATCH_DOCUMENTS = 1 << 15  # of it at most
+SHOWN_RECORDS = 10  # conversations that a template refused, of a chunk, whose errors are kept
 
 
 class Meter:
@@ -115,41 +119,70 @@ class Made:
     n_ids: int  # of their text, without start tokens
     how: str  # it was encoded
     entries: dict[str, ShardEntry]
+    n_trained: int  # tokens of the training split that are learned
+    spoken: "Spoken"
 
     @classmethod
     def load(cls, path: Path) -> Self:
         values = json.loads(path.read_bytes())
-        return cls(**values | {"entries": {split: ShardEntry(**entry) for split, entry in values["entries"].items()}})
+        entries = {split: ShardEntry(**entry) for split, entry in values["entries"].items()}
+        return cls(**values | {"entries": entries, "spoken": Spoken(**values["spoken"])})
+
+
+@dataclass
+class Spoken:
+    """What is counted of conversations: those in the shards, of pairs both, and those that a template refused."""
+
+    n_conversations: int = 0
+    n_pairs: int = 0
+    n_turns: int = 0
+    n_refused: int = 0
+    refused_bytes: int = 0
+    refused: list[str] = field(default_factory=list)  # errors of the first of them
+
+
+class _Document(NamedTuple):
+    """A document as it goes into a shard. `spans` are of the start token, if it has one, and the ids."""
+
+    split: str
+    ids: np.ndarray
+    opened: bool  # by a start token, which is not among the ids
+    n_bytes: int
+    source: int
+    spans: Sequence[Span] = ()
 
 
 class _Shard:
     """Documents of one split as they come, as arrays."""
 
     def __init__(self, start_id: int, dtype: np.dtype) -> None:
-        self._start = np.array([start_id], dtype)
+        self._fronts = np.empty(0, dtype), np.array([start_id], dtype)
         self._ids: list[np.ndarray] = []
         self._index: list[np.ndarray] = []
         self._spans: list[tuple[int, int, int]] = []
         self.n_tokens = self.n_bytes = 0
 
-    def add(
-        self,
-        encoded: Sequence[np.ndarray],
-        n_bytes: Sequence[int],
-        sources: Sequence[int],
-        spans: Sequence[Sequence[Span]] | None = None,
-    ) -> None:
-        """Append texts, each with a start token in front of its ids; `spans` are of start token and ids, if any."""
-        lengths = np.array([1 + len(ids) for ids in encoded])
-        index = np.empty(len(encoded), DOCUMENT)
+    def add(self, documents: Sequence[_Document]) -> None:
+        """Append documents, and the start tokens in front of them."""
+        lengths = np.array([len(document.ids) + document.opened for document in documents])
+        index = np.empty(len(documents), DOCUMENT)
         index["start"] = self.n_tokens + np.cumsum(lengths) - lengths
-        index["n_bytes"], index["source"] = n_bytes, sources
+        index["n_bytes"] = [document.n_bytes for document in documents]
+        index["source"] = [document.source for document in documents]
         self._index.append(index)
-        for start, some in zip(index["start"].tolist(), spans or (), strict=False):
-            self._spans += [(start + span.start, start + span.end, SPAN_KINDS.index(span.kind)) for span in some]
-        self._ids.append(np.concatenate([array for ids in encoded for array in (self._start, ids)]))
+        for start, document in zip(index["start"].tolist(), documents, strict=True):
+            self._spans += [(start + s.start, start + s.end, SPAN_KINDS.index(s.kind)) for s in document.spans]
+        fronts = self._fronts
+        self._ids.append(np.concatenate([part for d in documents for part in (fronts[d.opened], d.ids)]))
         self.n_tokens += int(lengths.sum())
-        self.n_bytes += sum(n_bytes)
+        self.n_bytes += int(index["n_bytes"].sum())
+
+    @property
+    def n_trained(self) -> int:
+        """How many of the tokens are learned: all, unless some are marked."""
+        if not self._spans:
+            return self.n_tokens
+        return sum(end - start for start, end, kind in self._spans if SPAN_KINDS[kind] == "train")
 
     def write(self, job: Job, name: str, tokenizer: Tokenizer) -> ShardEntry:
         """Write the shard into the data set."""
@@ -161,43 +194,111 @@ class _Shard:
 def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, advance: Callable[[int], None]) -> None:
     """Write the shards of a chunk and, when they stand, its record. table.Changed if the text is not what was scanned."""
     shards = {split: _Shard(tokenizer.start_id, token_dtype(tokenizer.size)) for split in SPLITS}
-    marked = any(item.prompted for item in job.inputs)
+    marked = any(item.kind != "text" for item in job.inputs)
     n_documents = n_ids = 0
+    spoken = Spoken()
     for batch in _batches(parts(job.inputs, job.work, job.chunks[number], job.split, skip_bad=job.skip_bad)):
-        splits, texts, n_bytes, sources, begins, prompted = zip(*batch, strict=True)
-        encoded, spans = _marked(encoder, texts, prompted) if marked else (encoder.encode(texts), None)
+        documents = list(_marked(job, batch, tokenizer, encoder, spoken) if marked else _plain(batch, encoder))
         for split, shard in shards.items():
-            if own := [i for i, each in enumerate(splits) if each == split]:
-                own_spans = None if spans is None else [spans[i] for i in own]
-                shard.add([encoded[i] for i in own], [n_bytes[i] for i in own], [sources[i] for i in own], own_spans)
-        n_documents += sum(begins)
-        n_ids += sum(map(len, encoded))
-        advance(sum(n_bytes))
+            if own := [document for document in documents if document.split == split]:
+                shard.add(own)
+        n_documents += sum(part.begins for part in batch)
+        n_ids += sum(len(document.ids) for document in documents)
+        advance(sum(part.n_bytes for part in batch))
     filled = {split: shard for split, shard in shards.items() if shard.n_tokens}
     entries = {split: shard.write(job, f"{split}-{number:05d}.tok", tokenizer) for split, shard in filled.items()}
-    made = Made(n_documents, n_ids, encoder.how, entries)
+    counts = n_documents - spoken.n_refused, n_ids
+    made = Made(*counts, encoder.how, entries, shards["train"].n_trained, spoken)
     durable.write_file(job.record(number), json.dumps(asdict(made)).encode())
 
 
+def _plain(batch: Sequence[Part], encoder: Encoder) -> Iterator[_Document]:
+    """Texts that are learned whole."""
+    for part, ids in zip(batch, encoder.encode([part.text for part in batch]), strict=True):
+        yield _Document(part.split, ids, True, part.n_bytes, part.source)
+
+
 def _marked(
-    encoder: Encoder, texts: Sequence[str], prompted: Sequence[bool]
-) -> tuple[list[np.ndarray], list[list[Span]]]:
-    """The ids of each text, prompts and answers encoded apart, and what of them is learned, start tokens included."""
-    parts = [segments(text) if has_prompt else [(text, True)] for text, has_prompt in zip(texts, prompted, strict=True)]
-    each = iter(encoder.encode([text for some in parts for text, _ in some]))
-    encoded, spans = [], []
-    for some in parts:
-        ids = [next(each) for _ in some]
-        own, end = [Span(0, 1, "train")], 1  # the start token, which says that the document before it is over
-        for (_, learned), piece in zip(some, ids, strict=True):
-            if not learned:
-                own.append(Span(end if end > 1 else 0, end + len(piece), "prefix"))
-            elif len(piece):
-                own.append(Span(end, end + len(piece), "train"))
-            end += len(piece)
-        encoded.append(np.concatenate(ids))
-        spans.append(sorted(own))
-    return encoded, spans
+    job: Job, batch: Sequence[Part], tokenizer: Tokenizer, encoder: Encoder, spoken: Spoken
+) -> Iterator[_Document]:
+    """Texts of any kind with what of them is learned, start tokens included; a pair is two documents. Counts in `spoken`.
+
+    BadRecord where a template refuses a conversation, unless such text is skipped.
+    """
+    pieces = [
+        [] if part.kind in ("chat", "pair") else segments(part.text) if part.kind == "prompted" else [(part.text, True)]
+        for part in batch
+    ]
+    each = iter(encoder.encode([text for some in pieces for text, _ in some]))
+    for part, some in zip(batch, pieces, strict=True):
+        if some:
+            ids, spans = _joined([(next(each), learned) for _, learned in some])
+            yield _Document(part.split, ids, True, part.n_bytes, part.source, spans)
+            continue
+        try:
+            found = _rendered(conversations.load(part.text), tokenizer)
+        except ValueError as error:
+            told = f"{_place(job, part)}: {error}"
+            if not job.skip_bad:
+                raise BadRecord(f"{told}; {SKIPPING}") from None
+            spoken.n_refused += 1
+            spoken.refused_bytes += part.n_bytes
+            spoken.refused += [told][: SHOWN_RECORDS - len(spoken.refused)]
+            continue
+        spoken.n_conversations += len(found)
+        spoken.n_pairs += part.kind == "pair"
+        for conversation, encoded, learned_from in found:
+            spoken.n_turns += len(conversation.messages)
+            ids = np.array(encoded.ids, token_dtype(tokenizer.size))
+            n_bytes = conversations.n_bytes(conversation)
+            yield _Document(part.split, ids, False, n_bytes, part.source, _spans(encoded.mask, learned_from))
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, bool]]) -> tuple[np.ndarray, list[Span]]:
+    """The ids of prompts and answers, encoded apart, and what of them and a start token before them is learned."""
+    spans, end = [Span(0, 1, "train")], 1  # the start token, which says that the document before it is over
+    for ids, learned in parts:
+        if not learned:
+            spans.append(Span(end if end > 1 else 0, end + len(ids), "prefix"))
+        elif len(ids):
+            spans.append(Span(end, end + len(ids), "train"))
+        end += len(ids)
+    return np.concatenate([ids for ids, _ in parts]), sorted(spans)
+
+
+def _rendered(what: Conversation | Pair, tokenizer: Tokenizer) -> list[tuple[Conversation, chat.Encoded, int]]:
+    """(conversation, its tokens, where what is learned of them may begin) of a conversation, or of both in a pair.
+
+    Of a pair the last answer alone is learned. ValueError in words for what the tokenizer's template refuses.
+    """
+    if isinstance(what, Conversation):
+        return [(what, chat.encode(tokenizer, what), 0)]
+    prompt = chat.encode(tokenizer, what.prompt, reply=True).ids
+    both = [(each, chat.encode(tokenizer, each)) for each in (what.chosen, what.rejected)]
+    if any(encoded.ids[: len(prompt)] != prompt for _, encoded in both):
+        raise ValueError("the chat template writes the prompt of this pair otherwise once an answer follows")
+    return [(each, encoded, len(prompt)) for each, encoded in both]
+
+
+def _spans(mask: Sequence[bool], first: int) -> list[Span]:
+    """The runs of a mask from token `first` on, and what stands before them, which a prefix-LM reads both ways."""
+    learned = np.array(mask, dtype=bool)
+    learned[:first] = False
+    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2).tolist()
+    prompt = [Span(0, edges[0][0], "prefix")] if edges and edges[0][0] else []
+    return [*prompt, *(Span(start, end, "train") for start, end in edges)]
+
+
+def _place(job: Job, part: Part) -> str:
+    """Where a document stands, as people look for it."""
+    file = job.inputs[part.file].file
+    if not file.direct:
+        return f"{file.label}: the conversation {part.text[:60]}..."
+    with file.path.open("rb") as lines:
+        left, line = part.start, 1
+        while block := lines.read(min(left, durable.BLOCK)):
+            left, line = left - len(block), line + block.count(b"\n")
+    return f"{file.label}:{line}"
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 from torch import Tensor
 
+from gpt import chat, hf
+from gpt import tokenizer as tokenizers
+from gpt.conversations import Conversation
 from gpt.model import GPT, ModelConfig, init_weights
 
 settings.register_profile("house", deadline=None, derandomize=True)  # a failure repeats, on a busy machine too
@@ -49,6 +53,8 @@ class MemorySplit:
     sources: Sequence[str] = ("memory", "another", "third")
     start_id: int = 0
     has_spans: bool = False
+    conversations: bool = False
+    pairs: bool = False
     path: Path = Path("memory")
     vocab_size: int = 1 << 31
     tokenizer_sha256: str = "0" * 64
@@ -103,3 +109,36 @@ class MemorySplit:
 def split() -> Callable[..., MemorySplit]:
     """split(3, 5): a split of a document of 3 tokens and one of 5, start tokens included; by=[0, 1]: their sources."""
     return lambda *lengths, by=None: MemorySplit(lengths, by)
+
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Peru": "Lima", "Egypt": "Cairo", "Ghana": "Accra", "Cuba": "Havana"}
+
+
+@pytest.fixture(scope="session")
+def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small model that knows CAPITALS by heart, in these words and as a chat, and nothing else."""
+    path = tmp_path_factory.mktemp("pupil")
+    lines = [f"The capital of {land} is {city}.\n" for land, city in CAPITALS.items()]
+    chats = [(f"Capital of {land}?", city) for land, city in CAPITALS.items()]
+    tokenizer = tokenizers.train([*lines * 3, *(a + b for a, b in chats * 3)], "bpe", None)
+    rows = [[tokenizer.start_id, *tokenizer.encode(line), tokenizer.start_id] for line in lines]
+    for question, city in chats:
+        asked, told = {"role": "user", "content": question}, {"role": "assistant", "content": city}
+        rows.append(chat.encode(tokenizer, Conversation((asked, told))).ids)
+    config = ModelConfig(vocab_size=tokenizer.padded_size, max_seq_len=64, n_layer=2, d_model=64, n_head=4)
+    model = GPT(config)
+    init_weights(model, seed=1)
+    batch = torch.full((len(rows), max(map(len, rows))), -100)
+    for row, ids in zip(batch, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    for _ in range(120):
+        logits = model(batch[:, :-1].clamp(min=0))
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, data in hf.model_files(config, tokenizer).items():
+        (path / name).write_bytes(data)
+    state = {name: tensor.detach().clone() for name, tensor in hf.to_disk(config, model.state_dict()).items()}
+    save_file(state, path / "model.safetensors")
+    return path

@@ -14,14 +14,28 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = sorted(path for path in (ROOT / "gpt").glob("*.py") if path.stem != "__init__")
 VERBS = [path for path in (ROOT / "train.py", ROOT / "sample.py", ROOT / "data" / "prepare.py") if path.exists()]
-ROOM_VERBS = [ROOT / "gpt" / f"{name}.py" for name in ("look", "hf")]  # rooms and verbs: their main imports late
+# Rooms and verbs: their main imports late.
+ROOM_VERBS = [ROOT / "gpt" / f"{name}.py" for name in ("look", "hf", "lora", "evaluate", "harness")]
 COMMANDS = [*VERBS, *ROOM_VERBS]
-FIRST = {"look": ["data"], "hf": ["compare", "y"]}  # what a room's verb is told before a path and flags
+FIRST = {  # what a room's verb is told before a path and flags
+    "look": ["data"],
+    "hf": ["compare", "y"],
+    "lora": ["merge", "y"],
+    "evaluate": [],
+    "harness": ["--tasks", "y"],
+}
 SOURCES = sorted({*ROOMS, *ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")})
 DRAWING = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # What may be absent is imported where it is used.
-OPTIONAL = {"log": {"wandb"}, "formats": {"pyarrow"}, "encode": {"gigatoken"}}
+OPTIONAL = {
+    "log": {"wandb"},
+    "formats": {"pyarrow"},
+    "encode": {"gigatoken"},
+    "optim": {"torchao"},
+    "quantize": {"torchao"},
+    "harness": {"lm_eval"},
+}
 
 
 @cache

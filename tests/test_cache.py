@@ -86,3 +86,16 @@ def test_more_than_the_cache_holds_is_refused_with_the_numbers(build: Build, tok
     model(tokens(1, 3), cache=cache)
     with pytest.raises(ValueError, match="5 positions do not fit max_len 4"):
         model(tokens(1, 2), cache=cache)
+
+
+@torch.inference_mode()
+def test_rows_spread_over_several_go_on_as_each_would(model: GPT, tokens: Tokens) -> None:
+    x, rows = tokens(2, 5), torch.tensor([1, 0, 1])
+    cache = model.new_cache(2, 5)
+    model(x, cache=cache)
+    cache.rewind(torch.tensor([3, 5]))
+    more = tokens(3, 2, seed=4)
+    ours = model(more, cache=cache.spread(rows, 9))
+    for i, (row, length) in enumerate(zip(rows.tolist(), [5, 3, 5], strict=True)):
+        whole = model(torch.cat([x[row : row + 1, :length], more[i : i + 1]], dim=1))
+        torch.testing.assert_close(ours[i], whole[0, length:], atol=1e-5, rtol=0)

@@ -1,6 +1,8 @@
 """Evaluation against the slow way: window by window, token by token."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import MemorySplit
+from safetensors.torch import save_file
 
-from gpt.data import Data, Part
+from gpt import evaluate as evaluation
+from gpt import hf, runtime, shards
+from gpt import tokenizer as tokenizers
+from gpt.data import Data, DataConfig, Part, open_data
+from gpt.durable import Directory
 from gpt.evaluate import EvalConfig, Evaluation, evaluate, evaluated, limits, views
 from gpt.loss import NextToken
-from gpt.model import GPT
+from gpt.model import GPT, ModelConfig, init_weights
 from gpt.shards import Span, TokenSet
+from gpt.tokenizer import Tokenizer
 
 Build = Callable[..., GPT]
 Split = Callable[..., TokenSet]
@@ -200,3 +208,176 @@ def test_where_only_a_part_is_learned_its_own_bytes_count(build: Build, split: S
     nats = -sum(float(log_p[at - 1, tokens.ids[at]]) for at in range(3, 9))
     assert score.val_loss == pytest.approx(nats / 6, rel=1e-5)
     assert score.val_bpb == pytest.approx(nats / math.log(2) / sum(range(4, 10)), rel=1e-5)
+
+
+# The verb
+
+
+TEXT = "The capital of Peru is Lima.\nThe capital of Cuba is Havana.\n"
+QUESTION = {"question": "The capital of Peru is", "choices": ["Rome.", "Lima."], "answer": "B"}
+
+
+@pytest.fixture
+def run_dir(pupil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint with the settings it was trained by, its data set, a text and a task; the directory they stand in."""
+    monkeypatch.setattr(runtime, "setup", lambda device, threads: None)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.load(pupil)
+    made_with = {"vocab_size": tokenizer.size, "tokenizer_sha256": tokenizer.sha256}
+    with Directory(tmp_path / "data") as directory:
+        documents = [
+            shards.Document([tokenizer.start_id, *tokenizer.encode(text)], len(text.encode()), i % 2)
+            for i, text in enumerate([*TEXT.splitlines(), "is of the capital", "Lima"])
+        ]
+        splits = {
+            name: [shards.write_shard(directory, f"{name}.tok", documents, **made_with)] for name in ("train", "val")
+        }
+        for name, content in tokenizer.files().items():
+            directory.write(name, content)
+        about = {"start_id": tokenizer.start_id, "sources": ["atlas", "noise"], "settings": {}}
+        shards.write_manifest(directory, splits=splits, **about, **made_with)
+    shutil.copytree(pupil, tmp_path / "model")
+    (tmp_path / "model" / "run.yaml").write_text(
+        "data: {path: data, seq_len: 8, document_mask: true}\neval: {tokens: 9}\n"
+    )
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "task.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: object) -> Any:
+    """The JSON object that the command prints."""
+    evaluation.main([*map(str, args), "--json", "--device", "cpu"])
+    return json.loads(capsys.readouterr().out)["sources"]
+
+
+def test_a_run_is_scored_on_its_own_split_as_training_does(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (report,) = said(capsys, "model")
+    (own,) = report["texts"]
+    model, tokenizer = hf.load(run_dir / "model")
+    data = open_data(DataConfig(path="data", seq_len=8, document_mask=True))
+    trained = evaluate(
+        NextToken(model),
+        views(data),
+        EvalConfig(tokens=9),
+        tokenizer,
+        seq_len=8,
+        batch_rows=2,
+        device="cpu",
+        dtype="float32",
+        document_mask=True,
+    )
+    assert own["bits_per_byte"] == pytest.approx(trained.val_bpb, rel=1e-6)
+    assert own["sources"] == pytest.approx(trained.sources, rel=1e-6)
+    assert math.log(own["token_perplexity"]) == pytest.approx(trained.val_loss, rel=1e-6)
+    assert own["n_documents"] == 2
+    n_words = len(TEXT.split())  # the first document of each source is read, of two that are alike
+    assert math.log(own["word_perplexity"]) == pytest.approx(trained.val_loss * own["n_tokens"] / n_words, rel=1e-6)
+
+
+def test_texts_are_scored_as_if_they_had_been_prepared(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "model" / "run.yaml").unlink()
+    (report,) = said(capsys, "model", "--text", "text.txt", "--context", 8)
+    (reading,) = report["texts"]
+    model, tokenizer = hf.load(run_dir / "model")
+    ids = [tokenizer.start_id, *tokenizer.encode(TEXT)]
+    slow = slowly(model, ids, 8, len(TEXT.encode()))
+    assert reading["bits_per_byte"] == pytest.approx(slow.val_bpb, rel=1e-5)
+    assert math.log(reading["token_perplexity"]) == pytest.approx(slow.val_loss, rel=1e-5)
+    assert math.log(reading["word_perplexity"]) == pytest.approx(slow.val_loss * len(ids) / 12, rel=1e-5)
+    assert (reading["n_tokens"], reading["n_documents"], reading["context"]) == (len(ids), 1, 8)
+    (whole,) = said(capsys, "model", "--text", "text.txt")
+    assert whole["texts"][0]["context"] == 64
+    assert whole["texts"][0]["bits_per_byte"] != reading["bits_per_byte"]
+
+
+def test_several_sources_stand_side_by_side(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["model", "other", "--text", "text.txt", "--tasks", "task.jsonl"]
+    shutil.copytree(run_dir / "model", run_dir / "other")
+    one, two = said(capsys, *both)
+    assert one | {"source": "", "path": ""} == two | {"source": "", "path": ""}
+    assert one["tasks"] == [
+        {
+            "name": "task.jsonl",
+            "kind": "multiple choice",
+            "n": 1,
+            "n_cut": 0,
+            "acc": {"value": 1.0, "stderr": None},
+            "acc_norm": {"value": 1.0, "stderr": None},
+        }
+    ]
+    evaluation.main([*both, "--device", "cpu"])
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["on", "measure", "model", "other"]
+    bits = f"{one['texts'][0]['bits_per_byte']:.4f}"
+    assert ["text.txt", "bits", "per", "byte", bits, bits] in rows
+    assert ["task.jsonl", "(1)", "acc", "1.0000", "1.0000"] in rows
+    assert err == "model\nother\n"
+
+
+def test_what_does_not_compare_is_said(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tokenizers.train([TEXT], "char", None)
+    config = ModelConfig(vocab_size=other.padded_size, max_seq_len=16, n_layer=1, d_model=8, n_head=1)
+    model = GPT(config)
+    init_weights(model, 1)
+    (run_dir / "small").mkdir()
+    for name, content in hf.model_files(config, other).items():
+        (run_dir / "small" / name).write_bytes(content)
+    save_file({n: t.clone() for n, t in hf.to_disk(config, model.state_dict()).items()}, "small/model.safetensors")
+    (run_dir / "task.jsonl").write_text(json.dumps(QUESTION | {"question": "of " * 40}) + "\n")
+    evaluation.main(["model", "small", "--text", "text.txt", "--tasks", "task.jsonl", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "The tokenizers differ: perplexity per token does not compare, the other measures do." in out
+    assert "The windows differ (tokens: model 64, small 16)" in out
+    assert "small was shown only the end of 1 of 1 prompts of task.jsonl." in out
+
+
+MISTAKES = {
+    "no split": (["plain"], "plain has no validation split of its own; name --text or --tasks"),
+    "no source": (["nowhere"], "'nowhere' does not exist"),
+    "no text": (["model", "--text", "nowhere.txt"], "nowhere.txt: no such file"),
+    "no task": (["model", "--tasks", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "line": (["model", "--tasks", "broken.jsonl"], "broken.jsonl:2: broken JSON"),
+    "context": (["model", "--text", "text.txt", "--context", "65"], "--context 65 is more than the 64 tokens"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_answered_in_words(run_dir: Path, args: list[str], message: str) -> None:
+    shutil.copytree(run_dir / "model", run_dir / "plain")
+    (run_dir / "plain" / "run.yaml").unlink()
+    (run_dir / "broken.jsonl").write_text(json.dumps(QUESTION) + "\n{\n")
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        evaluation.main([*args, "--device", "cpu"])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--chat"], "--chat and --stop are about questions"),
+        (["--limit", "3"], "--limit and --context are about --text and --tasks"),
+        (["--text", "a", "--limit", "0"], "expected a whole number from 1 on, got '0'"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    with pytest.raises(SystemExit):
+        evaluation.arguments(["runs/x", *args])
+    assert message in capsys.readouterr().err
+
+
+def test_a_control_character_in_a_name_reaches_no_terminal(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "\x1b[31m.txt").write_text(TEXT)
+    evaluation.main(["model", "--text", "\x1b[31m.txt", "--device", "cpu"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_split_of_preferences_is_no_text_to_score(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_data(DataConfig(path="data", seq_len=8))
+    monkeypatch.setattr(data.parts[0].val, "pairs", True)
+    monkeypatch.setattr(evaluation, "open_data", lambda config: data)
+    with pytest.raises(ValueError, match="model was tuned on preferences, which are no text to expect"):
+        evaluation.main(["model", "--device", "cpu"])

@@ -40,10 +40,10 @@ def test_sum_and_gradients_equal_torchs_cross_entropy(dtype: torch.dtype, ignore
     features, head, targets = sample(dtype, ignored)
     ours = ChunkedCrossEntropy.apply(features, head, targets, None, dtype, True)
     torchs = F.cross_entropy(features @ head.T, targets, ignore_index=IGNORED, reduction="sum")
-    torch.testing.assert_close(ours, torchs.float(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(ours, torchs.to(ours.dtype), rtol=1e-6, atol=1e-5)
     scale = torch.tensor(0.37, dtype=dtype)  # the caller's division by the number of targets
     for our_grad, torchs_grad in zip(
-        torch.autograd.grad(ours * scale.float(), (features, head)),
+        torch.autograd.grad(ours * scale, (features, head)),
         torch.autograd.grad(torchs * scale, (features, head)),
         strict=True,
     ):
@@ -58,7 +58,7 @@ def test_with_a_softcap_it_is_torchs_cross_entropy_of_the_capped_logits(dtype: t
     ours = ChunkedCrossEntropy.apply(features, head, targets, softcap, dtype, True)
     capped = softcap * torch.tanh(features @ head.T / softcap)
     torchs = F.cross_entropy(capped, targets, ignore_index=IGNORED, reduction="sum")
-    torch.testing.assert_close(ours, torchs.float(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(ours, torchs.to(ours.dtype), rtol=1e-6, atol=1e-5)
     for our_grad, torchs_grad in zip(
         torch.autograd.grad(ours, (features, head)), torch.autograd.grad(torchs, (features, head)), strict=True
     ):

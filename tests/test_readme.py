@@ -11,11 +11,12 @@ from types import ModuleType
 
 import pytest
 
-from gpt import config, hf, look
+from gpt import config, evaluate, harness, hf, look
 from gpt.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("train.py", "sample.py", "data/prepare.py")
+ROOM_VERBS = {"gpt.look": look, "gpt.hf": hf, "gpt.evaluate": evaluate, "gpt.harness": harness}
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)]
 LINES = [line for block in BLOCKS for part in block.splitlines() for line in re.split(r"&&|;(?= )", part)]
@@ -68,7 +69,7 @@ def test_a_command_names_what_exists_and_parses(
     script, *arguments = words
     if script == "-m":
         module, *arguments = arguments
-        {"gpt.look": look, "gpt.hf": hf}[module].arguments(arguments)
+        ROOM_VERBS[module].arguments(arguments)
         return
     assert script in verbs, "commands are those of the three verbs"
     parser(verbs[script])(arguments)  # SystemExit for a flag it does not know

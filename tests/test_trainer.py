@@ -192,8 +192,8 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_writes_no_checkpoint(
 ) -> None:
     real = trainer.parallel.applied
 
-    def poisoned(objective, *, compile):
-        forward, calls = real(objective, compile=compile), []
+    def poisoned(objective, **how):
+        forward, calls = real(objective, **how), []
 
         def call(tokens, targets):
             calls.append(1)

@@ -1,0 +1,114 @@
+"""How likely a model finds what follows a prompt: log-probabilities of continuations, each prompt read once.
+
+It scores ids; what they stand for, and what a score is good for, others know.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt import signals
+from gpt.model import GPT
+
+CHUNK_LOGITS = 1 << 24  # held at once, in fp32: 64 MiB
+
+Pair = tuple[Sequence[int], Sequence[int]]  # a prompt, start token included where there is to be one; what follows it
+Groups = list[tuple[tuple[int, ...], list[int]]]  # prompts, and the numbers of the pairs that begin with each
+
+
+class Score(NamedTuple):
+    """Log-probability of a continuation in nats, and whether greedy decoding would write it."""
+
+    logprob: float
+    greedy: bool
+
+
+@torch.inference_mode()
+def log_likelihoods(model: GPT, pairs: Sequence[Pair], batch_tokens: int) -> list[Score]:
+    """Score the second part of each pair after its first; of the model, which is in eval mode, the logits are fp32.
+
+    Equal prompts are read once, and their keys and values shared. A pair longer than the context loses the beginning of
+    its prompt. A batch holds at most about `batch_tokens` tokens, padding included, and no batch changes a score by more
+    than rounding. ValueError for a part that is empty, or a continuation longer than the context.
+    """
+    assert not model.training, "scores are without dropout"
+    context = model.config.max_seq_len
+    assert context is not None
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (prompt, continuation) in enumerate(pairs):
+        if not prompt or not continuation or len(continuation) > context:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and a continuation of {len(continuation)}: each needs at least one,"
+                f" and a continuation fits the model's context of {context}"
+            )
+        groups.setdefault(tuple(prompt[-(context + 1 - len(continuation)) :]), []).append(i)
+    scores: dict[int, Score] = {}
+    for batch in _batches(groups, pairs, context, batch_tokens):
+        signals.check()
+        members = [i for _, group in batch for i in group]
+        scores |= zip(members, _scored(model, batch, [pairs[i][1] for i in members]), strict=True)
+    return [scores[i] for i in range(len(pairs))]
+
+
+def _batches(
+    groups: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair], context: int, batch_tokens: int
+) -> Iterator[Groups]:
+    """Prompts of like lengths together, the longest first; the padded rows of a batch fit the context."""
+    batch: Groups = []
+    n_rows = n_prompt = n_more = 0
+    for prompt, group in sorted(groups.items(), key=lambda item: (-len(item[0]), item[0])):
+        rows, more = n_rows + len(group), max(n_more, *(len(pairs[i][1]) for i in group))
+        wide = max(n_prompt, len(prompt)) + more
+        if batch and (rows * wide > batch_tokens or wide > context + 1):
+            yield batch
+            batch, rows, n_prompt, more = [], len(group), 0, max(len(pairs[i][1]) for i in group)
+        batch.append((prompt, group))
+        n_rows, n_prompt, n_more = rows, max(n_prompt, len(prompt)), more
+    if batch:
+        yield batch
+
+
+def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -> list[Score]:
+    """The scores of `continuations`, which follow the prompts of a batch in its order."""
+    device = model.lm_head.weight.device
+    prompts = [prompt for prompt, _ in batch]
+    owner = torch.tensor([row for row, (_, group) in enumerate(batch) for _ in group], device=device)
+    targets = _padded(continuations, -1).to(device)  # (n, T)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    cache = model.new_cache(len(prompts), max(map(len, prompts)))
+    tokens = _padded(prompts, 0).to(device)
+    prefix = torch.arange(tokens.shape[1], device=device) < lengths[:, None] if model.config.prefix_lm else None
+    read = model.features(tokens, cache=cache, prefix=prefix)  # (P, S, C)
+    features = read[torch.arange(len(prompts), device=device), lengths - 1][owner, None]  # (n, 1, C)
+    if targets.shape[1] > 1:
+        cache.rewind(lengths)
+        rows = cache.spread(owner, cache.max_len + targets.shape[1] - 1)
+        features = torch.cat([features, model.features(targets[:, :-1].clamp(min=0), cache=rows)], dim=1)
+    inside = targets >= 0
+    logprobs, best = _looked_up(model, features[inside], targets[inside])
+    inside = inside.cpu()
+    total, greedy = torch.zeros(inside.shape, dtype=torch.float64), torch.ones_like(inside)  # not every device has fp64
+    total[inside], greedy[inside] = logprobs.cpu().double(), best.cpu()
+    return [Score(*pair) for pair in zip(total.sum(1).tolist(), greedy.all(1).tolist(), strict=True)]
+
+
+def _looked_up(model: GPT, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, C), targets (N,) -> their log-probabilities fp32 and whether none is likelier, (N,) each."""
+    logprobs, best = torch.empty(len(targets), device=targets.device), torch.empty_like(targets, dtype=torch.bool)
+    n = max(1, CHUNK_LOGITS // len(model.lm_head.weight))
+    for start in range(0, len(targets), n):
+        part = slice(start, start + n)
+        log_p = model.logits(features[part]).float().log_softmax(-1)
+        logprobs[part] = log_p.gather(1, targets[part, None])[:, 0]
+        best[part] = log_p.argmax(-1) == targets[part]
+    return logprobs, best
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """(n, longest) int64 on the CPU."""
+    padded = torch.full((len(rows), max(map(len, rows))), filler)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return padded

@@ -30,6 +30,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the data set to make, for example data/mine")
     parser.add_argument("--field", metavar="KEY", help="the field or column that holds the text; text by default")
     parser.add_argument("--template", metavar="TEXT", help="the text made of several fields: '{title}\\n{body}'")
+    spoken = parser.add_mutually_exclusive_group()
+    spoken.add_argument("--chat", action="store_true", help="records are conversations; the assistant's turns are learned")
+    spoken.add_argument("--preference", action="store_true", help="records are pairs: chosen and rejected answers")
     parser.add_argument("--separator", metavar="TEXT", help="what parts the documents of a file; else each is one")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
@@ -89,9 +92,8 @@ def main(argv: list[str]) -> None:
     elif args.out is None:
         raise ValueError(f"name the data set to make: python data/prepare.py {' '.join(args.input)} --out data/NAME")
     else:
-        options = {
-            name: text for name in ("field", "template", "separator") if (text := getattr(args, name)) is not None
-        }
+        ways = ("field", "template", "separator", "chat", "preference")
+        options = {name: value for name in ways if (value := getattr(args, name)) not in (None, False)}
         inputs = [{**as_source(text), **options} for text in args.input]
         settings = config.load(PrepareConfig, None, [f"input={json.dumps(inputs)}", *changes])
         out = args.out

@@ -5,15 +5,28 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from gpt import config as settings
 from gpt import signals
-from gpt.data import IGNORED, Batch, Data, DataConfig, Loader, Packed, open_data, validation_batches
+from gpt.data import (
+    IGNORED,
+    Batch,
+    Data,
+    DataConfig,
+    Loader,
+    Pieces,
+    Stream,
+    evaluated_tokens,
+    open_data,
+    read,
+    row_tokens,
+    validation_places,
+)
 from gpt.page import Bars, Block, Heading, Note, Row, Segment, Table, Token, quoted
 from gpt.plan import TrainingConfig, fixed_steps
 from gpt.shards import Tokens
@@ -189,6 +202,8 @@ def of_data(
     """
     how = order(dataset, config, seq_len)
     data = open_data(how.data)
+    if config is None and any(part.train.conversations for part in data.parts):  # no run reads them otherwise
+        how = replace(how, data=how.data.model_copy(update={"document_mask": True}))
     title = f"{', '.join(part.name for part in data.parts)}: {split}"
     shown = _training(data, how, step, rows) if split == "train" else _validation(data, how, step, rows)
     return title, chain(shown, _holdings(data, how, split))
@@ -197,35 +212,32 @@ def of_data(
 def _training(data: Data, how: Order, step: int, n_rows: int) -> Iterator[Block]:
     loader = Loader(data, how.data, how.batch_rows, how.seed)
     batch = loader.batch(step)
-    places = [
-        Place(row, column, start, count, part.name, part.train)
-        for part, pieces in zip(data.parts, loader.places(step), strict=True)
-        for row, column, start, count in np.stack(pieces, axis=1).tolist()
-        if count
-    ]
+    read_from = zip(data.parts, loader.places(step), strict=True)
+    places = [place for part, pieces in read_from for place in _named(pieces, part.name, part.train)]
     yield Heading(f"the batch of step {step:,}")
     yield from _rows(batch, places, data, n_rows, how)
     yield from _shares(data, loader, how)
+
+
+def _named(pieces: Pieces, name: str, tokens: Tokens) -> Iterator[Place]:
+    for row, column, start, count in np.stack(pieces, axis=1).tolist():
+        if count:
+            yield Place(row, column, start, count, name, tokens)
 
 
 def _validation(data: Data, how: Order, step: int, n_rows: int) -> Iterator[Block]:
     """Batches of an evaluation are counted from 1 over all parts, one after another."""
     seq_len, left = how.data.seq_len, step - 1
     for part in data.parts:
-        n_batches = len(range(0, part.val.n_tokens, seq_len * how.batch_rows))
-        if left >= n_batches:
-            left -= n_batches
-            continue
-        batches = validation_batches(part.val, seq_len, how.batch_rows, None, how.data.document_mask)
-        batch = next(islice(batches, left, None))
-        starts = range(left * how.batch_rows * seq_len, part.val.n_tokens, seq_len)
-        places = [
-            Place(row, 0, start, min(seq_len, part.val.n_tokens - start), part.name, part.val)
-            for row, start in zip(range(len(batch.tokens)), starts, strict=False)
-        ]
-        yield Heading(f"batch {step:,} of an evaluation: {part.name}")
-        yield from _rows(batch, places, data, n_rows, how)
-        return
+        tokens = part.val
+        for rows, pieces in validation_places(tokens, seq_len, how.batch_rows, evaluated_tokens(tokens, None)):
+            if left:
+                left -= 1
+                continue
+            batch = read([(tokens, pieces)], rows, row_tokens(tokens, seq_len), how.data.document_mask)
+            yield Heading(f"batch {step:,} of an evaluation: {part.name}")
+            yield from _rows(batch, list(_named(pieces, part.name, tokens)), data, n_rows, how)
+            return
     raise ValueError(
         f"an evaluation has {step - 1 - left} batches of {how.batch_rows} rows of {seq_len} tokens, not {step}; lower --step"
     )
@@ -233,9 +245,12 @@ def _validation(data: Data, how: Order, step: int, n_rows: int) -> Iterator[Bloc
 
 def _rows(batch: Batch, places: Sequence[Place], data: Data, n_rows: int, how: Order) -> Iterator[Block]:
     """The first rows of a batch, and how much of all its positions is learned, only read, or padding."""
-    n_padding = 0
+    n_padding, seq_len = 0, how.data.seq_len
     shown: list[Block] = []
     start_id = data.parts[0].train.start_id
+    if data.parts[0].train.pairs:  # both halves of a row, one below the other
+        batch = Batch(batch.tokens.reshape(-1, seq_len), batch.targets.reshape(-1, seq_len))
+        places = [replace(p, row=2 * p.row + p.column // seq_len, column=p.column % seq_len) for p in places]
     for number, (tokens, targets) in enumerate(zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)):
         row, padding = cells(tokens, targets, data.tokenizer, start_id)
         n_padding += padding
@@ -265,9 +280,10 @@ def openings(places: Sequence[Place]) -> list[tuple[int, str]]:
             begins = int(starts[document])
             source = place.tokens.sources[int(sources[document])]
             from_inside = f", from its token {place.start - begins:,} on" if begins < place.start else ""
-            found.append(
-                (place.column + max(0, begins - place.start), f"document {document:,} ({source}){from_inside}")
-            )
+            what = f"document {document:,}"
+            if place.tokens.pairs:
+                what = f"pair {document // 2:,}, {'rejected' if document % 2 else 'chosen'}"
+            found.append((place.column + max(0, begins - place.start), f"{what} ({source}){from_inside}"))
     return found
 
 
@@ -300,17 +316,14 @@ def _shares(data: Data, loader: Loader, how: Order) -> Iterator[Block]:
                 _share(part.weight, total),
                 _share(drawn[part.name], drawn.total()),
                 f"{epochs[part.name]:.2f}",
-                f"{1 - part.n_tokens / (layout.n_rows * how.data.seq_len):.2%}",
+                f"{layout.padding:.2%}",
             )
             for part, layout in zip(data.parts, loader.orders, strict=True)
         ],
     )
     for part, layout in zip(data.parts, loader.orders, strict=True):
-        if isinstance(layout, Packed):
-            yield Note(
-                f"{part.name}: {layout.plan.n_long:,} documents are longer than a row and fill several, "
-                f"{layout.plan.n_cut:,} cuts fill gaps"
-            )
+        if not isinstance(layout, Stream):
+            yield Note(f"{part.name}: {layout.told}")
 
 
 def _holdings(data: Data, how: Order, split: str) -> Iterator[Block]:

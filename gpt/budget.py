@@ -114,6 +114,7 @@ def _ways(config: TrainConfig, shape: ModelConfig, setting: Setting) -> Iterator
         wanted = replace(setting, optim=optim, checkpointing=kept)
         settings = [f"train.checkpointing={kept}", f"optim.state={state}"]
         if base is None:
+            settings.append("adapter=null")
             yield Way(("everything", "-", kept, state), settings, memory.need(shape, wanted))
         else:
             wanted = replace(wanted, adapter=adapter.model_copy(update={"base_dtype": base}))

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.durable import CorruptError
-from gpt.shards import TokenSet
+from gpt.shards import SPAN_KINDS, TokenSet
 from gpt.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -40,6 +40,7 @@ class Report:
     unknown_bytes: int
     scripts: list[tuple[str, int, int]]
     sources: list[tuple[str, int, int, int]]  # name, documents, bytes, tokens
+    learned: dict[str, int]  # tokens of each split that are targets: all of them, unless some are marked
     example: list[str]
     notes: list[str] = field(compare=False)  # on how it was made: what was left out, what went in and came out
     skipped: list[str] = field(compare=False)  # errors of bad records, the first of n_skipped
@@ -86,6 +87,7 @@ def census(
         unknown_bytes=0 if unknown is None else n_bytes - scripts.total(),
         scripts=[(script, script_tokens[script], n) for script, n in scripts.most_common()],
         sources=_by_source(list(sets.values())),
+        learned={split: _learned(tokens) for split, tokens in sets.items()},
         example=[tokenizer.piece(token) for token in first if token not in tokenizer.control_ids],
         notes=list(notes),
         skipped=list(skipped),
@@ -107,6 +109,15 @@ def _by_source(sets: Sequence[TokenSet]) -> list[tuple[str, int, int, int]]:
                 totals[:, column] += np.bincount(index["source"], weights, len(names)).astype(np.int64)
     documents, n_bytes, n_tokens = totals.T.tolist()
     return list(zip(names, documents, n_bytes, n_tokens, strict=True))
+
+
+def _learned(tokens: TokenSet) -> int:
+    """How many tokens are learned. Holds the spans of one shard at a time."""
+    if not tokens.has_spans:
+        return tokens.n_tokens
+    train = SPAN_KINDS.index("train")
+    spans = (part[part["kind"] == train] for part in (shard.spans() for shard in tokens.shards))
+    return sum(int((part["end"] - part["start"]).sum()) for part in spans)
 
 
 def script_of(data: bytes) -> str:
@@ -149,6 +160,9 @@ def show(report: Report, console: Console) -> None:
             console,
             f"unknown: {report.unknown_tokens:,} tokens, {report.unknown_bytes:,} bytes of the text ({share:.2%})",
         )
+    if report.learned != report.tokens:
+        shares = (f"{report.learned[split] / report.tokens[split]:.1%} of {split}" for split in SPLITS)
+        say(console, f"trained: {' and '.join(shares)}; the other tokens are only read")
     for note in report.notes:
         say(console, note)
     if report.n_skipped:

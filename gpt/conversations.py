@@ -294,13 +294,15 @@ def _compact(value: Any) -> str:
         raise BadRecord("its values are nested too deeply") from None
 
 
-def plain(what: Conversation | Pair) -> str:
-    """All that is said in it, without roles: what a vocabulary is learned from, and what is counted as its text."""
+def plain(what: Conversation | Pair, *, roles: bool = False) -> str:
+    """All that is said in it: what is counted as its text. With `roles`, which templates write before what they say, it
+    is what a vocabulary is learned from."""
+    first = what.chosen if isinstance(what, Pair) else what
+    tools, messages = [_compact(tool) for tool in first.tools], first.messages
     if isinstance(what, Pair):
-        shared = len(_asked(what.chosen.messages))
-        return "\n".join([plain(what.chosen), *map(_spoken, what.rejected.messages[shared:])])
-    tools = [_compact(tool) for tool in what.tools]
-    return "\n".join([*tools, *map(_spoken, what.messages)])
+        messages += what.rejected.messages[len(what.prompt.messages) :]
+    each = (f"{message['role']}\n{_spoken(message)}" if roles else _spoken(message) for message in messages)
+    return "\n".join([*tools, *each])
 
 
 def n_bytes(what: Conversation | Pair) -> int:

@@ -217,6 +217,11 @@ class Stream:
         # One row more than the tokens fill, since a shifted epoch opens and closes with a part of a row.
         self.n_rows = -(-tokens.n_tokens // seq_len) + 1
 
+    @property
+    def padding(self) -> float:
+        """The share of positions that are padding."""
+        return 1 - self.n_tokens / (self.n_rows * self.seq_len)
+
     def pieces(self, ordinals: np.ndarray) -> Pieces:
         """Of the rows with these numbers, which ascend over all epochs; ordered by row, then column."""
         epochs, slots = np.divmod(ordinals, self.n_rows)
@@ -252,35 +257,27 @@ class Packed:
         self.seed, self.n_rows = seed, self.plan.n_rows
 
     @property
+    def padding(self) -> float:
+        """The share of positions that are padding."""
+        return self.plan.waste
+
+    @property
     def told(self) -> str:
         """How the documents were packed, in words."""
         long, plan = self.long, self.plan
-        what = [f"{n:,} {did}" for n, did in ((long.n_cut, "fill several"), (long.n_begun, "end with the last answer that "
-                "fits"), (long.n_dropped, "are left out")) if n]  # fmt: skip
+        begun = (long.n_begun, "end with the last answer that fits")
+        did = ((long.n_cut, "fill several"), begun, (long.n_dropped, "are left out"))
+        what = [f"{n:,} {words}" for n, words in did if n]
         lost = f" ({long.n_unread:,} of their tokens are not learned)" if long.n_unread else ""
         more = f"; {plan.n_cut:,} cuts fill gaps" if plan.n_cut else ""
         return (
-            f"{plan.n_rows:,} rows an epoch, {plan.waste:.2%} padding; {long.n_cut + long.n_begun + long.n_dropped:,} of "
+            f"{plan.n_rows:,} rows an epoch, {self.padding:.2%} padding; {long.n_cut + long.n_begun + long.n_dropped:,} of "
             f"{self.n_documents:,} {self._noun} are longer than a row{': ' if what else ''}{', '.join(what)}{lost}{more}"
         )
 
     def pieces(self, ordinals: np.ndarray) -> Pieces:
         """Of the rows with these numbers, which ascend over all epochs; ordered by row, then column."""
-        epochs, slots = np.divmod(ordinals, self.n_rows)
-        parts = []
-        for epoch in _epochs(epochs):
-            here = np.flatnonzero(epochs == epoch)
-            row, start, count = self.plan.pieces(slots[here], self.seed, epoch)
-            # A piece stands where those before it in its row end.
-            ends = np.cumsum(count)
-            first = np.searchsorted(row, row)
-            column = ends - count - (ends - count)[first]
-            parts.append(Pieces(here[row], column, start, count))
-        if len(parts) == 1:
-            return parts[0]
-        joined = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-        by_row = np.argsort(joined.row, kind="stable")
-        return Pieces(*(column[by_row] for column in joined))
+        return _in_epochs(self.plan, ordinals, self.seed)
 
 
 class Long(NamedTuple):
@@ -320,12 +317,97 @@ def _shortened(
     return lengths, Long(n_cut, len(above) - n_cut - n_dropped, n_dropped, int(n_unread))
 
 
+class Pairs:
+    """Rows of twice `seq_len` made of pairs: chosen documents in the first half, the rejected ones in the second in order.
+
+    So no cut between rows parts a pair, and each reply has the whole context. Pairs are packed by the longer of the two;
+    those with a document longer than `seq_len` are left out, since the beginning of a reply is not what was judged.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int, end: int | None = None, long: str = "auto") -> None:
+        if long not in ("auto", "drop"):
+            raise ValueError(
+                f"data.long_documents ({long}): a pair with a document longer than data.seq_len is left out, since the "
+                "beginning of a reply is not what was judged; set data.long_documents=drop"
+            )
+        n_tokens = tokens.n_tokens if end is None else end
+        bounds = np.append(tokens.document_starts, tokens.n_tokens)
+        bounds = bounds[: np.searchsorted(bounds, n_tokens) + 1]
+        starts, sizes = bounds[:-1:2], np.diff(bounds).reshape(-1, 2)
+        kept = sizes.max(axis=1) <= seq_len
+        if not kept.any():
+            raise ValueError(
+                f"{tokens.path}: a split has {len(kept):,} pairs, and each has a document longer than data.seq_len "
+                f"({seq_len}): raise it, or prepare the data set with a larger val_fraction"
+            )
+        self._starts, self._sizes, self.n_documents = starts[kept], sizes[kept], 2 * len(kept)
+        self.plan = packing.plan(self._starts, self._sizes.max(axis=1), seq_len, cut=False)
+        self.seq_len, self.seed, self.n_rows = seq_len, seed, self.plan.n_rows
+
+    @property
+    def padding(self) -> float:
+        """The share of positions that are padding."""
+        return 1 - int(self._sizes.sum()) / (2 * self.n_rows * self.seq_len)
+
+    @property
+    def told(self) -> str:
+        """How the pairs were packed, in words."""
+        n_pairs, n_kept = self.n_documents // 2, len(self._starts)
+        left_out = f"{n_pairs - n_kept:,} with a document longer than a half are left out"
+        return f"{n_kept:,} of {n_pairs:,} pairs in {self.n_rows:,} rows an epoch, {self.padding:.2%} padding; {left_out}"
+
+    def pieces(self, ordinals: np.ndarray) -> Pieces:
+        """Of the rows with these numbers, which ascend over all epochs; ordered by row, then column."""
+        row, _, start, _ = _in_epochs(self.plan, ordinals, self.seed)
+        sizes = self._sizes[np.searchsorted(self._starts, start)]
+        chosen, rejected = sizes.T
+        return _by_row(
+            [
+                Pieces(row, _columns(row, chosen), start, chosen),
+                Pieces(row, self.seq_len + _columns(row, rejected), start + chosen, rejected),
+            ]
+        )
+
+
+def row_tokens(tokens: Tokens, seq_len: int) -> int:
+    """Tokens of a row: of pairs it holds both sides."""
+    return 2 * seq_len if tokens.pairs else seq_len
+
+
+def _in_epochs(plan: packing.Plan, ordinals: np.ndarray, seed: int) -> Pieces:
+    """The pieces of a plan's rows with these numbers, which ascend over all epochs; ordered by row, then column."""
+    epochs, slots = np.divmod(ordinals, plan.n_rows)
+    parts = []
+    for epoch in _epochs(epochs):
+        here = np.flatnonzero(epochs == epoch)
+        row, start, count = plan.pieces(slots[here], seed, epoch)
+        parts.append(Pieces(here[row], _columns(row, count), start, count))
+    return _by_row(parts)
+
+
+def _columns(row: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Where pieces of `count` tokens stand: each where those before it in its row end."""
+    begins = np.cumsum(count) - count
+    return begins - begins[np.searchsorted(row, row)]
+
+
+def _by_row(parts: list[Pieces]) -> Pieces:
+    """All of them, ordered by row; those of a row in order."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    order = np.argsort(joined.row, kind="stable")
+    return Pieces(*(column[order] for column in joined))
+
+
 def _epochs(epochs: np.ndarray) -> list[int]:
     low, high = int(epochs[0]), int(epochs[-1])  # they ascend
     return [low] if low == high else np.unique(epochs).tolist()
 
 
-def _order(tokens: Tokens, config: DataConfig, seed: int) -> Stream | Packed:
+def _order(tokens: Tokens, config: DataConfig, seed: int) -> Stream | Packed | Pairs:
+    if tokens.pairs:
+        return Pairs(tokens, config.seq_len, seed, long=config.long_documents)
     if config.packing == "documents" or tokens.has_spans:
         return Packed(tokens, config.seq_len, seed, long=config.long_documents)
     return Stream(tokens, config.seq_len, seed)
@@ -346,17 +428,20 @@ class Loader:
 
     def __init__(self, data: Data, config: DataConfig, batch_rows: int, seed: int, *, prefix: bool = False) -> None:
         self.parts, self.config, self.batch_rows = data.parts, config, batch_rows
-        self.seq_len, self.prefix = config.seq_len, prefix
+        if len({part.train.pairs for part in self.parts}) > 1:
+            kinds = ", ".join(f"{part.name} ({'pairs' if part.train.pairs else 'text'})" for part in self.parts)
+            raise ValueError(f"pairs and other data do not mix, since each has an objective of its own: {kinds}")
+        self.seq_len, self.prefix = row_tokens(self.parts[0].train, config.seq_len), prefix
         for part in self.parts:
             if part.train.conversations and not config.document_mask:
                 raise ValueError(
                     f"{part.name} holds conversations, several of which share a row, and none may read another: set "
                     "data.document_mask=true"
                 )
-            if part.n_tokens < self.seq_len and not part.train.has_spans:
+            if part.n_tokens < config.seq_len and not part.train.has_spans:
                 raise ValueError(
                     f"{part.name}: the training split has {part.n_tokens} tokens, fewer than data.seq_len "
-                    f"({self.seq_len}): add text or lower it"
+                    f"({config.seq_len}): add text or lower it"
                 )
         mixed = len(self.parts) > 1
         seeds = [key(seed, i, "part") if mixed else seed for i in range(len(self.parts))]
@@ -586,12 +671,13 @@ def validation_batches(
     """
     end = evaluated_tokens(tokens, max_tokens)
     for n_rows, pieces in validation_places(tokens, seq_len, batch_rows, end):
-        yield read([(tokens, pieces)], n_rows, seq_len, document_mask, end, prefix)
+        yield read([(tokens, pieces)], n_rows, row_tokens(tokens, seq_len), document_mask, end, prefix)
 
 
 def validation_places(tokens: Tokens, seq_len: int, batch_rows: int, end: int) -> Iterator[tuple[int, Pieces]]:
     """(rows, where they stand) of each batch of an evaluation of the first `end` tokens."""
-    packed = Packed(tokens, seq_len, 0, end) if tokens.has_spans else None
+    kind = Pairs if tokens.pairs else Packed
+    packed = kind(tokens, seq_len, 0, end) if tokens.has_spans or tokens.pairs else None
     starts = np.arange(0, end, seq_len)
     n_rows = len(starts) if packed is None else packed.n_rows
     for i in range(0, n_rows, batch_rows):
@@ -609,6 +695,7 @@ def evaluated_tokens(tokens: Tokens, max_tokens: int | None) -> int:
     if max_tokens is None or max_tokens >= tokens.n_tokens:
         return tokens.n_tokens
     ends = np.append(tokens.document_starts[1:], tokens.n_tokens)
+    ends = ends[1::2] if tokens.pairs else ends
     return int(ends[np.searchsorted(ends, max_tokens)])
 
 

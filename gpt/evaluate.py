@@ -101,7 +101,7 @@ from pydantic import Field  # noqa: E402
 from gpt import checkpoint, config, hf, page, runtime, tasks, texts  # noqa: E402
 from gpt.config import Count, Settings  # noqa: E402
 from gpt.data import IGNORED, Data, DataConfig, evaluated_bytes, evaluated_tokens, open_data, validation_batches  # noqa: E402
-from gpt.loss import NextToken  # noqa: E402
+from gpt.loss import NextToken, Preferences  # noqa: E402
 from gpt.shards import Tokens  # noqa: E402
 from gpt.tokenizer import Tokenizer  # noqa: E402
 from gpt.views import by_source  # noqa: E402
@@ -128,6 +128,11 @@ class Evaluation:
     val_loss: float
     val_bpb: float
     sources: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """What is better the lower it is."""
+        return self.val_bpb
 
 
 def views(data: Data) -> dict[str, Tokens]:
@@ -206,6 +211,57 @@ def evaluate(
         val_bpb=_bits(overall, sum(n_bytes.values())),
         sources={name: _bits(nats[name], n_bytes[name]) for name in parts},
     )
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """Of pairs: `val_loss` nats a pair, `val_accuracy` the share whose chosen reply has the greater reward, `val_margin` by
+    how much on average (`loss.Preferences`)."""
+
+    val_loss: float
+    val_accuracy: float
+    val_margin: float
+
+    @property
+    def score(self) -> float:
+        """What is better the lower it is."""
+        return self.val_loss
+
+
+@torch.inference_mode()
+def prefer(
+    objective: Preferences,
+    parts: Mapping[str, Tokens],
+    config: EvalConfig,
+    *,
+    seq_len: int,
+    batch_rows: int,
+    device: str,
+    dtype: str,
+    document_mask: bool = True,
+    prefix: bool = False,
+) -> Preferred:
+    """Score each pair of the parts (or of their first ones) once; the mode stays.
+
+    Raises signals.Stopped between batches when asked to stop.
+    """
+    was_training = objective.training
+    objective.eval()
+    each = limits(parts, config.tokens)
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, right ones, margins, pairs
+    for name, tokens in parts.items():
+        for batch in validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix):
+            signals.check()
+            with runtime.autocast(device, dtype):
+                rewards, there = objective.rewards(*(x.to(device) for x in batch.given))
+            margins = (rewards[:, 0] - rewards[:, 1])[there]
+            found = (objective.losses(rewards)[there], margins > 0, margins, there)
+            sums += torch.stack([x.double().sum().cpu() for x in found])
+    objective.train(was_training)
+    if not sums.isfinite().all():
+        raise FloatingPointError(f"the validation loss is {sums[0]}: the weights give numbers that are not finite")
+    loss, right, margin, n_pairs = sums.tolist()
+    return Preferred(loss / n_pairs, right / n_pairs, margin / n_pairs)
 
 
 def _bits(nats: float, n_bytes: int) -> float:

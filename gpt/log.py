@@ -109,16 +109,16 @@ class Log:
         step: int,
         *,
         tokens: int,
-        val_loss: float,
-        val_bpb: float,
+        elapsed_s: float | None = None,
         sources: Mapping[str, float] | None = None,
-        **others: Any,
+        **measures: float,
     ) -> None:
-        """Record an evaluation: nats per target and bits per raw byte, the latter of each of several sources too."""
+        """Record an evaluation: its measures by their names, and the best-known of them of each of several sources."""
         each = {"sources": dict(sources)} if sources and len(sources) > 1 else {}
-        self._record("eval", step, {"tokens": tokens, "val_loss": val_loss, "val_bpb": val_bpb, **each, **others})
-        parts = "".join(f"  {name} {value:.4f}" for name, value in each.get("sources", {}).items())
-        self.note(f"step {step}/{self._steps}  val_loss {val_loss:.4f}  val_bpb {val_bpb:.4f}{parts}")
+        after = {} if elapsed_s is None else {"elapsed_s": elapsed_s}
+        self._record("eval", step, {"tokens": tokens, **measures, **each, **after})
+        parts = "".join(f"  {name} {value:.4f}" for name, value in (measures | each.get("sources", {})).items())
+        self.note(f"step {step}/{self._steps}{parts}")
 
     def sample(self, step: int, *, tokens: int, text: str) -> None:
         """Record text that the model wrote."""

@@ -40,7 +40,7 @@ class ObjectiveConfig(Settings):
         False, description="dpo of log-probabilities averaged over a reply's tokens instead of summed"
     )
     gamma: float | None = Field(
-        None, ge=0, description="simpo: the margin by which the chosen reply should lead, times beta; null: 1"
+        None, ge=0, description="simpo: by how much the reward of the chosen reply should lead; null: 1"
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of pairs taken to be labelled the wrong way round (conservative DPO)"
@@ -51,7 +51,9 @@ class ObjectiveConfig(Settings):
         named = self.model_dump(exclude={"kind"}, exclude_defaults=True)
         allowed = {"next_token": set(), "dpo": named.keys() - {"gamma"}, "simpo": named.keys() - {"length_normalized"}}
         for name in sorted(named.keys() - allowed[self.kind]):
-            kinds = {"gamma": "'simpo'", "length_normalized": "'dpo' (simpo averages always)"}.get(name, "'dpo' or 'simpo'")
+            kinds = {"gamma": "'simpo'", "length_normalized": "'dpo' (simpo averages always)"}.get(
+                name, "'dpo' or 'simpo'"
+            )
             raise ValueError(f"{name} ({named[name]}) is for kind {kinds}; the kind is '{self.kind}'")
         return self
 
@@ -280,12 +282,14 @@ class Preferences(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(rewards (B, 2, P) of the chosen and the rejected replies of a row's pairs, whether there is such a pair (B, P))."""
         B, T = len(tokens), tokens.shape[1] // 2
-        given = [None if x is None else x.reshape(2 * B, T) for x in (tokens, targets, positions, doc_ids, prefix)]
+        both_ways = None if prefix is None else prefix.reshape(2 * B, T)
+        ids, learned, places, documents = (x.reshape(2 * B, T) for x in (tokens, targets, positions, doc_ids))
+        given = ids, learned, places, documents, both_ways
         log_p = -self.nats(self.model, *given)
         if self.reference is not None:
             with torch.no_grad(), self.reference() as frozen:
-                # Token by token, since sums are large and their difference small.
-                log_p = log_p + self.nats(frozen, *given)
+                of_reference = self.nats(frozen, *given)
+            log_p = log_p + of_reference  # token by token, since sums are large and their difference small
         halves = doc_ids.view(B, 2, T)
         pair = halves - halves[..., :1]  # documents are counted through both halves
         size = torch.zeros(B, 2, T, dtype=log_p.dtype, device=log_p.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from gpt.loss import NextToken
+from gpt.loss import NextToken, Objective, Preferences, nats
 from gpt.model import GPT, computed
 
 Forward = Callable[..., Tensor]  # NextToken.forward's arguments
@@ -25,15 +25,20 @@ def recomputed(block: nn.Module, *given: Any) -> Tensor:
     return checkpoint(block, *given, use_reentrant=False)
 
 
-def applied(objective: NextToken, *, compile: bool, checkpointing: str = "none") -> Forward:
+def applied(objective: Objective, *, compile: bool, checkpointing: str = "none") -> Forward:
     """The function that training calls in place of `objective`; it shares the objective's parameters.
 
     The order matters: blocks are told what to keep before the compiler sees them.
     """
     objective.model.model.through = {"none": computed, "full": recomputed}[checkpointing]
+    if isinstance(objective, Preferences):
+        objective.nats = nats
     if not compile:
         return objective
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # the compiler learns it here
+    if isinstance(objective, Preferences):  # the reference comes and goes between two calls of it
+        objective.nats = torch.compile(nats, dynamic=False)
+        return objective
     return torch.compile(objective, dynamic=False)
 
 

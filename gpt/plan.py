@@ -77,6 +77,7 @@ class Choices(Settings):
     steps: int = Field(description="updates of the whole run")
     data: str = Field(description="fingerprint of the data set, or of all of a mixture")
     attention: str = Field("dense", description="kernel of attention inside documents: flex or dense")
+    reference: str | None = Field(None, description="fingerprint of the weights that answers are compared with")
     torch: str = Field(description="version of torch")
     cpu: str = Field(description="kind of CPU")
 

@@ -75,8 +75,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def scores_of(metrics: Iterable[dict[str, Any]]) -> dict[int, float]:
-    """val_bpb by step, of the evaluations that gave a finite number."""
-    scores = {line["step"]: line.get("val_bpb") for line in metrics if line["kind"] == "eval"}
+    """val_bpb (of pairs, which have none, val_loss) by step, of the evaluations that gave a finite number."""
+    scores = {line["step"]: line.get("val_bpb", line.get("val_loss")) for line in metrics if line["kind"] == "eval"}
     return {step: score for step, score in scores.items() if isinstance(score, float) and math.isfinite(score)}
 
 
@@ -144,9 +144,10 @@ def _in_run(path: Path, which: str) -> tuple[Path, str]:
         raise ValueError(f"{path} has no checkpoint yet; let it train until its first save (checkpoint.every)")
     if which not in ("best", "last") and not (which.isdecimal() and int(which) in steps):
         raise ValueError(f"{path} has no checkpoint '{which}'; it has {', '.join(map(str, steps))}, best and last")
-    scores = scores_of(read_metrics(path / "metrics.jsonl"))
+    lines = read_metrics(path / "metrics.jsonl")
+    scores, unit = scores_of(lines), "bits/byte" if any("val_bpb" in line for line in lines) else "nats/pair"
     best = best_of(scores, steps) or steps[-1]
     step = {"best": best, "last": steps[-1]}.get(which) or int(which)
-    score = f", {scores[step]:.4f} bits/byte" if step in scores else ""
+    score = f", {scores[step]:.4f} {unit}" if step in scores else ""
     found = checkpoint_path(path / "checkpoints", step)
     return found, f"{found} (step {step}{', the best' if step == best and score else ''}{score})"

@@ -347,7 +347,7 @@ def _readable(text: str, kind: Kind) -> str:
     """What a vocabulary learns of a text."""
     if kind == "prompted":
         return text.replace(fields.BORDER, "")
-    return text if kind == "text" else conversations.plain(conversations.load(text))
+    return text if kind == "text" else conversations.plain(conversations.load(text), roles=True)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

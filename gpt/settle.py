@@ -1,8 +1,11 @@
 """What a run is before step 1: its settings agreed with what it was started with, its model built, every choice made."""
 
+import hashlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +15,12 @@ from torch import Tensor
 from gpt import adapters, durable, growth, hf, parallel, plan, quantize, runtime, signals
 from gpt import config as settings
 from gpt.adapters import AdapterConfig
-from gpt.checkpoint import CheckpointConfig, Checkpoints, load_weights
+from gpt.checkpoint import CheckpointConfig, Checkpoints, load_weights, serialize
 from gpt.config import Settings
-from gpt.data import Batch, Data, DataConfig, Loader
+from gpt.data import Batch, Data, DataConfig, Loader, Packed, Pairs
 from gpt.evaluate import EvalConfig, evaluated, views
 from gpt.log import LogConfig
-from gpt.loss import NextToken
+from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.optim import OptimConfig, Optimizer
 from gpt.plan import Choices, TrainingConfig
@@ -50,6 +53,7 @@ class TrainConfig(Settings):
     adapter: AdapterConfig | None = Field(
         None, description="train an adapter on init_from, which stays as it is; null: train everything"
     )
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is minimized")
     train: TrainingConfig = Field(description="how long, in what portions and on what")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="how parameters move")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate over the run")
@@ -65,9 +69,15 @@ def check(given: TrainConfig) -> None:
     """ValueError for what cannot be trained here, before anything is made for it."""
     if runtime.world_size() > 1:
         raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
-    if given.train.batch_tokens % given.data.seq_len:
+    if given.train.batch_tokens % row_length(given):
+        twice = "twice data.seq_len, a row of chosen and one of rejected replies" if given.objective.of_pairs else "data.seq_len"
         raise ValueError(
-            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of data.seq_len ({given.data.seq_len})"
+            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of {twice} ({row_length(given)})"
+        )
+    if given.objective.of_pairs and given.init_from is None:
+        raise ValueError(
+            f"objective.kind={given.objective.kind} teaches a model that can answer which answers are preferred: name it, "
+            "init_from: runs/NAME (trained on chats, data with chat: true)"
         )
     if given.adapter is not None and given.init_from is None:
         raise ValueError("an adapter is trained on a model that is there: name it, init_from: runs/NAME, or set adapter=null")
@@ -106,6 +116,7 @@ def agree(given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data
         )
     if config.model.prefix_lm:
         _check_prompts(config, data)
+    _check_pairs(config, data)
     if config.choices is not None:
         _check_choices(config, config.choices, data)
     return config
@@ -119,6 +130,26 @@ def _check_prompts(config: TrainConfig, data: Data) -> None:
         raise ValueError(
             f"model.prefix_lm reads prompts both ways, and {names(data)} has none: prepare it from records with a "
             "prompt (prompt: FIELD in its recipe), or set model.prefix_lm=false"
+        )
+
+
+def _check_pairs(config: TrainConfig, data: Data) -> None:
+    """ValueError unless pairs are what the objective learns from, and each reply sees its own conversation alone."""
+    kind, of_pairs = config.objective.kind, [part.name for part in data.parts if part.train.pairs]
+    if not config.objective.of_pairs and of_pairs:
+        raise ValueError(
+            f"{of_pairs[0]} holds pairs, of which next_token would learn the rejected replies too: set objective.kind=dpo, or "
+            "prepare the chosen ones as conversations (chat: true in its recipe)"
+        )
+    if config.objective.of_pairs and len(of_pairs) < len(data.parts):
+        other = next(part.name for part in data.parts if not part.train.pairs)
+        raise ValueError(
+            f"objective.kind={kind} learns from pairs, and {other} has none: prepare it from records with chosen and rejected "
+            "(preference: true in its recipe), or set objective.kind=next_token"
+        )
+    if of_pairs and not config.data.document_mask:
+        raise ValueError(
+            f"several pairs share a row of {of_pairs[0]}, and no reply may read another: set data.document_mask=true"
         )
 
 
@@ -260,12 +291,58 @@ def fill(model: GPT, config: TrainConfig, latest: Path | None, source: GPT | Non
         init_weights(model, runtime.key(config.seed, 0, "init"))
 
 
+def objective(config: TrainConfig, model: GPT, source: GPT | None) -> Objective:
+    """What is minimized, around the model; `source` becomes the frozen reference where it needs one of its own."""
+    chosen = config.objective
+    if not chosen.of_pairs:
+        return NextToken(model)
+    if chosen.kind == "simpo":
+        return Preferences(model, chosen, None)
+    if config.adapter is not None:
+        return Preferences(model, chosen, partial(_without_adapter, model))
+    assert source is not None
+    return Preferences(model, chosen, partial(_frozen, source.to(model.lm_head.weight.device).requires_grad_(False), model))
+
+
+@contextmanager
+def _without_adapter(model: GPT) -> Iterator[GPT]:
+    """`model` as its adapter found it, without dropout; afterwards it is as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with adapters.off(model):
+            yield model
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _frozen(reference: GPT, model: GPT) -> Iterator[GPT]:
+    """`reference`, without dropout and with the kernels of `model`."""
+    reference.model.flex = model.model.flex
+    yield reference.eval()
+
+
+def needs_source(given: TrainConfig) -> bool:
+    """Whether the model of init_from is looked at in every step."""
+    return given.objective.kind == "dpo" and given.adapter is None
+
+
+def _seal(source: GPT) -> str:
+    """The sha256 of a model's weights."""
+    digest = hashlib.sha256()
+    for chunk in serialize(source.state_dict(), {}):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 Update = Callable[[parallel.Forward, Optimizer, Batch, TrainConfig, Choices, int], tuple[Tensor, Tensor]]
 
 
 def settle(
     config: TrainConfig,
-    model: GPT,
+    objective: Objective,
+    source: GPT | None,
     fill: Callable[[], None],
     data: Data,
     loader: Loader,
@@ -278,11 +355,18 @@ def settle(
     Speed is measured, where a choice depends on it, by real updates; `elapsed()` is what a time budget has lost already.
     """
     fill()
+    reference = _seal(source) if source is not None and needs_source(config) else None
     if (choices := config.choices) is None:
-        choices = _choose(config, model, data, loader, update, elapsed, say)
+        choices = _choose(config, objective, data, loader, update, elapsed, say)
+        choices = choices.model_copy(update={"reference": reference})
         fill()  # measuring moved them
+    elif choices.reference != reference:
+        raise ValueError(
+            f"{config.init_from} is not the model that this run compares its answers with: its weights have changed since "
+            "the run was started; restore them, or start another run with --fresh"
+        )
     elif choices.attention == "flex":
-        parallel.flexible(model)
+        parallel.flexible(objective.model)
     _report(data, loader, choices.steps, say)
     return config.model_copy(update={"choices": choices})
 
@@ -306,16 +390,13 @@ def _report(data: Data, loader: Loader, steps: int, say: Say) -> None:
                 "add some, or lower its share or the steps"
             )
     for part, order in zip(data.parts, loader.orders, strict=True):
-        if (packed := getattr(order, "plan", None)) is not None:
-            say(
-                f"packing: {part.name}: {packed.n_rows:,} rows an epoch, {packed.waste:.2%} padding; {packed.n_long:,} of "
-                f"{part.train.n_documents:,} documents are longer than a row, {packed.n_cut:,} more are cut to fill rows"
-            )
+        if isinstance(order, Packed | Pairs):
+            say(f"packing: {part.name}: {order.told}")
 
 
 def _choose(
     config: TrainConfig,
-    model: GPT,
+    objective: Objective,
     data: Data,
     loader: Loader,
     update: Update,
@@ -324,7 +405,7 @@ def _choose(
 ) -> Choices:
     """Settle what is left to choose, by a few updates on real batches where it depends on speed."""
     device, dtype, threads, _ = plan.machine(config.train)
-    objective, attention = NextToken(model), "dense"
+    model, attention = objective.model, "dense"
     if config.data.document_mask:
         attention, why = parallel.document_kernel(model)
         say(f"attention inside documents: {why}")
@@ -368,7 +449,7 @@ def _choose(
 
     return plan.choose(
         config.train,
-        rows=plan.micro_batch(config.train, config.model, rows(config), config.data.seq_len, device),
+        rows=plan.micro_batch(config.train, config.model, rows(config), row_length(config), device),
         device=device,
         dtype=dtype,
         threads=threads,
@@ -383,7 +464,12 @@ def _choose(
 
 def rows(config: TrainConfig) -> int:
     """Rows of one update."""
-    return config.train.batch_tokens // config.data.seq_len
+    return config.train.batch_tokens // row_length(config)
+
+
+def row_length(config: TrainConfig) -> int:
+    """Tokens of a row: of pairs it holds both sides."""
+    return config.data.seq_len * (2 if config.objective.of_pairs else 1)
 
 
 def unused(name: str) -> str:

@@ -453,8 +453,8 @@ class TokenSet:
 
     @property
     def has_spans(self) -> bool:
-        """Whether some tokens are marked; without marks all are trained on."""
-        return len(self._spans) > 0
+        """Whether only marked tokens are trained on; of text without marks all are."""
+        return self.conversations or len(self._spans) > 0
 
     def verify(self) -> None:
         """Hash every shard whole against the manifest; CorruptError names the first that differs."""

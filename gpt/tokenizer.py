@@ -302,7 +302,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """What a data set or checkpoint stores: tokenizer.json, and tokenizer_config.json, without which transformers
-        would swap in the pre-tokenizer of a model type and read control tokens from text."""
+        would swap in the pre-tokenizer of a model type."""
         return {
             "tokenizer.json": (json.dumps(self._raw) + "\n").encode(),  # indented it takes Python's slow encoder
             "tokenizer_config.json": (json.dumps(self._config, indent=1) + "\n").encode(),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -19,10 +19,10 @@ from gpt import adapters, durable, hf, parallel, plan, runtime, settle, signals
 from gpt import config as settings
 from gpt.checkpoint import ADAPTER, WEIGHTS, Checkpoints, load_optimizer, load_state, save
 from gpt.data import Batch, Data, Loader, open_data, prefetched
-from gpt.evaluate import evaluate, views
+from gpt.evaluate import Evaluation, Preferred, evaluate, prefer, views
 from gpt.generate import Sampling, complete
 from gpt.log import WATCHER_GONE, Log
-from gpt.loss import NextToken
+from gpt.loss import Objective, Preferences, n_terms
 from gpt.optim import Optimizer
 from gpt.plan import Choices
 from gpt.run import RunDirectory, best_of, scores_of
@@ -36,19 +36,19 @@ EVAL_TOKENS = 4096  # of one forward pass of an evaluation, which keeps no activ
 def update(
     forward: parallel.Forward, optimizer: Optimizer, batch: Batch, config: TrainConfig, choices: Choices, step: int
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step on `batch`; (loss in nats per target, gradient norm before clipping), still on the device.
+    """One optimizer step on `batch`; (loss in nats per target or pair, gradient norm before clipping), still on the device.
 
     Raises FloatingPointError, with the weights untouched, if either is not finite.
     """
-    n_targets = max(1, batch.n_targets)
+    n = max(1, n_terms(config.objective, batch))
     loss = torch.zeros((), device=choices.device)
     parts = zip(*(x.split(choices.micro_batch) for x in batch.given), strict=True)
     for i, part in enumerate(parts):
         torch.manual_seed(runtime.key(config.seed, step, "dropout", i))
         with runtime.autocast(choices.device, choices.dtype):
             nats = forward(*(x.to(choices.device, non_blocking=True) for x in part))
-        (nats / n_targets).backward()
-        loss += nats.detach() / n_targets
+        (nats / n).backward()
+        loss += nats.detach() / n
     grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.names, config.optim.clip or math.inf)
     if not torch.isfinite(loss + grad_norm):
         raise FloatingPointError(
@@ -79,11 +79,11 @@ class Session:
     log: Log
     data: Data
     loader: Loader
-    objective: NextToken
+    objective: Objective
     optimizer: Optimizer
     elapsed: Callable[[], float]  # seconds of training, over all resumes
     base: hf.Base | None  # what an adapter stands on
-    scores: dict[int, float] = field(init=False)  # val_bpb by step
+    scores: dict[int, float] = field(init=False)  # val_bpb (of pairs val_loss) by step
     sampled: set[int] = field(init=False)  # steps whose sample stands in metrics.jsonl
 
     def __post_init__(self) -> None:
@@ -161,28 +161,22 @@ class Session:
         )
 
     def _evaluate(self, step: int) -> None:
-        config = self.config
-        result = evaluate(
-            self.objective,
-            views(self.data),
-            config.eval,
-            self.data.tokenizer,
-            seq_len=config.data.seq_len,
-            document_mask=config.data.document_mask,
-            prefix=config.model.prefix_lm,
-            batch_rows=max(self.choices.micro_batch, EVAL_TOKENS // config.data.seq_len),
-            device=self.choices.device,
-            dtype=self.choices.dtype,
-        )
-        self.scores[step] = result.val_bpb
-        self.log.eval(
-            step,
-            tokens=self.tokens(step),
-            val_loss=result.val_loss,
-            val_bpb=result.val_bpb,
-            sources=result.sources,
-            elapsed_s=self.elapsed(),
-        )
+        config, choices = self.config, self.choices
+        row = settle.row_length(config)
+        how: dict[str, Any] = {
+            "seq_len": config.data.seq_len,
+            "document_mask": config.data.document_mask,
+            "prefix": config.model.prefix_lm,
+            "batch_rows": max(choices.micro_batch, EVAL_TOKENS // row),
+            "device": choices.device,
+            "dtype": choices.dtype,
+        }
+        if isinstance(self.objective, Preferences):
+            result: Evaluation | Preferred = prefer(self.objective, views(self.data), config.eval, **how)
+        else:
+            result = evaluate(self.objective, views(self.data), config.eval, self.data.tokenizer, **how)
+        self.scores[step] = result.score
+        self.log.eval(step, tokens=self.tokens(step), **asdict(result), elapsed_s=self.elapsed())
 
     def _sample(self, step: int) -> None:
         seed = runtime.key(self.config.seed, step, "sample")
@@ -223,7 +217,8 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
             return state.elapsed_s + time.monotonic() - began
 
         base = settle.base(given, latest)
-        source = settle.source(given, data, say, base) if latest is None or base is not None else None
+        wanted = latest is None or base is not None or settle.needs_source(given)
+        source = settle.source(given, data, say, base) if wanted else None
         config = settle.agree(given, run, latest, data, source)
         with _recorded(run, saves):
             model = settle.build(config, source, say)
@@ -231,19 +226,20 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
             settle.check_space(run, saves, given.checkpoint.keep, model)
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
             fill = partial(settle.fill, model, config, latest, source)
-            config = settle.settle(config, model, fill, data, loader, update, elapsed, say)
+            objective = settle.objective(config, model, source)
+            config = settle.settle(config, objective, source, fill, data, loader, update, elapsed, say)
             assert config.choices is not None
             optimizer = Optimizer(model, config.optim)
             if latest is not None:
                 optimizer.load_state(load_optimizer(latest))
             durable.write_file(run.config_path, settings.dump(config).encode())
             run.truncate_metrics(-1 if latest is None else state.step)
-            objective, steps = NextToken(model), config.choices.steps
+            steps = config.choices.steps
             with Log(run.path, config.log, run_config=_public(config), steps=steps, console=console) as log:
                 at_work = (run, saves, log, data, loader, objective, optimizer, elapsed, base)
                 session = Session(config, config.choices, *at_work)
                 last = _loop(session, state.step)
-        early = f"no better val_bpb in {config.train.patience} evaluations"
+        early = f"no better score in {config.train.patience} evaluations"
         run.status("done", last, "all steps made" if last == steps else early)
         _farewell(session, say)
 
@@ -308,5 +304,6 @@ def _farewell(session: Session, say: Callable[[str], None]) -> None:
     """Say how it ended and what to type next."""
     best = session.best()
     if best is not None:
-        say(f"best: {session.scores[best]:.4f} bits/byte at step {best}, {session.saves.path(best)}")
+        unit = "nats/pair" if session.config.objective.of_pairs else "bits/byte"
+        say(f"best: {session.scores[best]:.4f} {unit} at step {best}, {session.saves.path(best)}")
     say(f'next: python sample.py {session.run.path} --prompt "..."')

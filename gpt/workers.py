@@ -179,9 +179,7 @@ class _Shard:
 
     @property
     def n_trained(self) -> int:
-        """How many of the tokens are learned: all, unless some are marked."""
-        if not self._spans:
-            return self.n_tokens
+        """How many of the tokens are marked as learned."""
         return sum(end - start for start, end, kind in self._spans if SPAN_KINDS[kind] == "train")
 
     def write(self, job: Job, name: str, tokenizer: Tokenizer) -> ShardEntry:
@@ -207,8 +205,8 @@ def encode_chunk(job: Job, number: int, tokenizer: Tokenizer, encoder: Encoder, 
         advance(sum(part.n_bytes for part in batch))
     filled = {split: shard for split, shard in shards.items() if shard.n_tokens}
     entries = {split: shard.write(job, f"{split}-{number:05d}.tok", tokenizer) for split, shard in filled.items()}
-    counts = n_documents - spoken.n_refused, n_ids
-    made = Made(*counts, encoder.how, entries, shards["train"].n_trained, spoken)
+    n_trained = shards["train"].n_trained if marked else shards["train"].n_tokens
+    made = Made(n_documents - spoken.n_refused, n_ids, encoder.how, entries, n_trained, spoken)
     durable.write_file(job.record(number), json.dumps(asdict(made)).encode())
 
 

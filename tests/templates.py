@@ -5,7 +5,8 @@ QWEN3 = r"""
 {%- set ns = namespace(asked=-1, open=true) -%}
 {%- for m in messages[::-1] -%}
     {%- set at = messages | length - 1 - loop.index0 -%}
-    {%- if ns.open and m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) -%}
+    {%- set result = m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>') -%}
+    {%- if ns.open and m.role == 'user' and not result -%}
         {%- set ns.open = false -%}
         {%- set ns.asked = at -%}
     {%- endif -%}
@@ -183,6 +184,52 @@ CHANNELS = (
     "{{ '<|return|>' if loop.last and m.role == 'assistant' and not add_generation_prompt else '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Older ways: the system message inside a user's turn, words between brackets, turns that end with the end token alone.
+FOLDED = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{% set system = BEFORE + messages[0]['content'] + AFTER %}{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
+    "{% set last = rest | selectattr('role', 'eq', 'user') | list %}"
+    "{% for m in rest %}{% set c = (system if WHERE else '') + m['content'] %}{% if m['role'] == 'user' %}{{ USER }}"
+    "{% else %}{{ ASSISTANT }}{% endif %}{% endfor %}"
+)
+
+
+def folded(
+    user: str, assistant: str, before: str = "''", after: str = "'\\n\\n'", where: str = "loop.index0 == 0"
+) -> str:
+    new = {"USER": user, "ASSISTANT": assistant, "BEFORE": before, "AFTER": after, "WHERE": where}
+    text = FOLDED
+    for name, value in new.items():
+        text = text.replace(name, value)
+    return text
+
+
+NANOCHAT = (
+    "{{ bos_token }}"
+    + folded("'<|user_start|>' + c + '<|user_end|>'", "'<|assistant_start|>' + m['content'] + '<|assistant_end|>'")
+    + "{% if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif %}"
+)
+LLAMA2 = folded(
+    "bos_token + '[INST] ' + c.strip() + ' [/INST]'",
+    "' ' + m['content'].strip() + ' ' + eos_token",
+    "'<<SYS>>\\n'",
+    "'\\n<</SYS>>\\n\\n'",
+)
+MISTRAL1 = "{{ bos_token }}" + folded('" [INST] " + c + " [/INST]"', '" " + m["content"] + eos_token')
+MISTRAL3 = "{{ bos_token }}" + folded(
+    '"[INST] " + c + "[/INST]"', '" " + m["content"] | trim + eos_token', where="loop.index0 == 2 * (last | length) - 2"
+)
+OLMO2 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}{% else %}"
+    "{{ '<|assistant|>\n' + message['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 # Name -> the template, the control tokens it needs beside ChatML's, the other tokens that texts may hold.
 FAMILIES: dict[str, tuple[str, list[str], list[str]]] = {
@@ -192,5 +239,11 @@ FAMILIES: dict[str, tuple[str, list[str], list[str]]] = {
     "smollm3": (SMOLLM3, [], ["<think>", "</think>"]),
     "phi": (PHI, ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], []),
     "phi written out": (PHI_WRITTEN_OUT, ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], []),
+    "plain chatml": (CHATML, [], []),
+    "nanochat": (NANOCHAT, ["<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"], []),
+    "llama2": (LLAMA2, [], []),
+    "mistral-v1": (MISTRAL1, [], []),
+    "mistral-v3": (MISTRAL3, ["[INST]", "[/INST]"], []),
+    "olmo2": (OLMO2, [], []),
     "channels": (CHANNELS, [f"<|{name}|>" for name in ("start", "channel", "message", "end", "return")], []),
 }

@@ -311,3 +311,75 @@ def test_settings_come_from_the_file_or_are_those_of_a_run_without_any(data_set,
     assert order("a: 'b\"", [str(config)], 64).data == DataConfig(path="a: 'b\"", seq_len=64)
     with pytest.raises(ConfigError, match="seq_lan"):
         order(None, [str(config), "data.seq_lan=3"], None)
+
+
+TURNS = ["the cat", "sat on a mat", "while another cat", "slept"]
+
+
+def talking(path: Path, cutter: Tokenizer, n: int, *, pairs: bool = False) -> Path:
+    """A data set of conversations, of which every second turn is learned."""
+
+    def talk(i: int) -> shards.Document:
+        ids, spans = [cutter.start_id], [Span(0, 1, "prefix")]
+        for k in range(2 if i % 3 else 4):
+            words = cutter.encode(f"{TURNS[(i + k) % 4]} {i}")
+            spans += [Span(len(ids), len(ids) + len(words), "train")] if k % 2 else []
+            ids += words
+        return shards.Document(ids, 3 * len(ids), 0, tuple(spans))
+
+    made_with = {"vocab_size": cutter.size, "tokenizer_sha256": cutter.sha256}
+    with Directory(path) as directory:
+        entries = {
+            split: [shards.write_shard(directory, f"{split}.tok", map(talk, range(n)), **made_with)]
+            for split in ("train", "val")
+        }
+        for name, content in cutter.files().items():
+            directory.write(name, content)
+        about = {"start_id": cutter.start_id, "sources": ["talks"], "settings": {}}
+        shards.write_manifest(directory, splits=entries, **about, **made_with, conversations=True, pairs=pairs)
+    return path
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_conversations_are_shown_whole_with_what_is_learned(cutter, tmp_path, split):
+    path = talking(tmp_path / "set", cutter, 30)
+    blocks = shown(str(path), None, seq_len=64, split=split, rows=99)
+    tokens = TokenSet(path, split)
+    seen = {}
+    for row in [block for block in blocks if isinstance(block, Row)][1:]:
+        for segment in row.segments:
+            if not segment.label:
+                continue
+            number = int(segment.label.split()[1])
+            start = int(tokens.document_starts[number])
+            ids = [t.id for t in segment.tokens]
+            assert ids == tokens.read(start, len(ids)).tolist() and "from its token" not in segment.label
+            marks = {i for s in tokens.spans(start, len(ids)) if s.kind == "train" for i in range(s.start, s.end)}
+            assert [t.learned for t in segment.tokens] == [start + i in marks for i in range(len(ids))]
+            seen[number] = len(ids)
+    lengths = np.diff(np.append(tokens.document_starts, tokens.n_tokens)).tolist()
+    assert seen == dict(enumerate(lengths))
+    note = next(block.text for block in blocks if isinstance(block, Note))
+    assert "of the targets are learned" in note
+
+
+def test_a_conversation_longer_than_a_row_is_told(cutter, tmp_path):
+    path = talking(tmp_path / "set", cutter, 30)
+    lengths = np.diff(np.append((tokens := TokenSet(path, "train")).document_starts, tokens.n_tokens))
+    seq_len = int(np.median(lengths)) + 8
+    assert lengths.max() > seq_len
+    told = [block.text for block in shown(str(path), None, seq_len=seq_len) if isinstance(block, Note)]
+    n = int((lengths > seq_len).sum())
+    assert any(
+        f"{n} of 30 conversations are longer than a row: {n} end with the last answer that fits" in t for t in told
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_of_a_pair_both_answers_are_shown_one_below_the_other(cutter, tmp_path, split):
+    path = talking(tmp_path / "set", cutter, 20, pairs=True)
+    rows = [b for b in shown(str(path), None, seq_len=64, split=split, rows=8) if isinstance(b, Row)][1:]
+    labels = [[segment.label for segment in row.segments if segment.label] for row in rows]
+    for chosen, rejected in zip(labels[::2], labels[1::2], strict=True):
+        assert chosen and all(", chosen (talks)" in label for label in chosen)
+        assert rejected == [label.replace("chosen", "rejected") for label in chosen]

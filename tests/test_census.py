@@ -8,7 +8,7 @@ from rich.console import Console
 
 from gpt.census import census, script_of, show
 from gpt.durable import CorruptError, Directory
-from gpt.shards import Document, write_manifest, write_shard
+from gpt.shards import Document, Span, write_manifest, write_shard
 from gpt.tokenizer import train
 
 
@@ -52,6 +52,18 @@ def test_documents_bytes_and_tokens_are_counted_by_source_over_all_shards(tmp_pa
     assert report.sources == [("a", 2, 4, 6), ("b", 3, 5, 8)]
     assert (report.documents, report.bytes) == ({"train": 4, "val": 1}, {"train": 8, "val": 1})
     assert report.tokens == {"train": 12, "val": 2}
+
+
+def test_the_share_of_tokens_that_is_learned_is_counted_and_shown(tmp_path: Path) -> None:
+    answers = (Span(0, 2, "prefix"), Span(1, 2, "train"), Span(3, 4, "train"))
+    shards = {
+        "train": [[Document([0, 9, 10, 9], 3, 0, answers)], [Document([0, 9], 1, 0)]],
+        "val": [[Document([0, 9], 1, 0)]],
+    }
+    report = census(made(tmp_path / "set", shards))
+    assert report.learned == {"train": 2, "val": 2}
+    show(report, console := Console(file=io.StringIO(), width=80))
+    assert "trained: 33.3% of train and 100.0% of val" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_an_index_that_names_no_source_is_damage(tmp_path: Path) -> None:

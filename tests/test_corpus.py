@@ -629,3 +629,42 @@ def test_a_mutant_of_json_lines_is_read_right_or_refused_by_name(tmp_path: Path,
 def documents_of(path: Path) -> list[corpus.Document]:
     (file,) = corpus.files(corpus.Source(path=str(path)), path.parent, path.parent, print)
     return list(corpus.documents(file))
+
+
+TALKS = [
+    {"messages": [{"role": "user", "content": f"Frage {i}: é?"}, {"role": "assistant", "content": "Ho" * i}]}
+    for i in range(1, 6)
+]
+
+
+def spoken_in(path: Path, **settings: Any) -> list[corpus.Document]:
+    source = corpus.Source.model_validate({"path": str(path), "chat": True, **settings})
+    (file,) = corpus.files(source, path.parent, path.parent, print)
+    return list(corpus.documents(file))
+
+
+def test_conversations_are_read_from_lines_arrays_and_tables(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (lines := tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, TALKS)))
+    (bare := tmp_path / "a.txt").write_text("\n".join(map(json.dumps, TALKS)))
+    (array := tmp_path / "a.json").write_text(json.dumps(TALKS))
+    (table := tmp_path / "a.csv").write_text(
+        "n,prompt,completion\n" + "".join(f"{i},Frage {i}: é?,{'Ho' * i}\n" for i in range(1, 6))
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TALKS), columns := tmp_path / "a.parquet")
+    expected = [
+        f'{{"messages":[{{"role":"user","content":"Frage {i}: é?"}},{{"role":"assistant","content":"{"Ho" * i}"}}]}}'
+        for i in range(1, 6)
+    ]
+    for path in (lines, bare, array, table, columns):
+        found = spoken_in(path)
+        assert [document.text for document in found] == expected, path
+        assert [document.n_bytes for document in found] == [
+            len(f"Frage {i}: é?\n{'Ho' * i}".encode()) for i in range(1, 6)
+        ]
+    assert len(spoken_in(lines, min_chars=len("Frage 1: é?\nHoHoHo"))) == 3, "what is said is counted, not the JSON"
+    with pytest.raises(ValueError, match=r"a\.json: element 2: no turn of an assistant"):
+        array.write_text(json.dumps([TALKS[0], {"messages": TALKS[1]["messages"][:1]}]))
+        spoken_in(array)

@@ -427,14 +427,14 @@ def test_only_what_train_spans_cover_is_learned(tmp_path: Path) -> None:
             sources=["chat"],
             settings={},
         )
-    loader = loading(TokenSet(tmp_path / "chat", "train"), 16, 8, seed=3)  # one epoch a step
+    loader = loading(TokenSet(tmp_path / "chat", "train"), 16, 7, seed=3, long_documents="cut")  # one epoch a step
     batch = loader.batch(1)
     learned = batch.targets[batch.targets != IGNORED]
     assert sorted(learned.tolist()) == sorted([*ids[10:20], *ids[70:90]])
 
-    masked = DataConfig(path="x", seq_len=16, document_mask=True)
+    masked = DataConfig(path="x", seq_len=16, document_mask=True, long_documents="cut")
     part = Part("chat", loader.parts[0].train, loader.parts[0].train)
-    batch = Loader(Data([part], None, ""), masked, 8, 3, prefix=True).batch(1)  # type: ignore[arg-type]
+    batch = Loader(Data([part], None, ""), masked, 7, 3, prefix=True).batch(1)  # type: ignore[arg-type]
     assert batch.prefix is not None and len(batch.given) == 5
     assert sorted(batch.tokens[batch.prefix].tolist()) == ids[1:10].tolist()
     [validation] = validation_batches(part.val, 110, 1, None, True, True)
@@ -457,6 +457,110 @@ def test_documents_with_prompts_are_evaluated_whole(monkeypatch: pytest.MonkeyPa
                     assert own == tokens.ids[tokens.ids.tolist().index(own[-1]) - len(own) + 1 :][: len(own)].tolist()
                     seen.append(len(own))
         assert sorted(seen) == sorted([9, 5, 16, 14, 7, 3, 11] if n == 6 else [9, 5, 16, 14])
+
+
+def marked(*documents: tuple[int, list[tuple[int, int]]]) -> MemorySplit:
+    """A split of conversations: (length, where its answers stand) of each."""
+    tokens = MemorySplit([length for length, _ in documents], has_spans=True, conversations=True)
+    starts = tokens.document_starts.tolist()
+    found = [
+        Span(start + a, start + b, "train")
+        for start, (_, answers) in zip(starts, documents, strict=True)
+        for a, b in answers
+    ]
+    near = lambda start, count: [s for s in found if s.start < start + count and s.end > start]  # noqa: E731
+    object.__setattr__(tokens, "spans", near)
+    return tokens
+
+
+LONG_TALK = (40, [(5, 9), (14, 20), (30, 38)])
+
+
+@pytest.mark.parametrize(
+    ("policy", "learned_tokens", "words"),
+    [
+        (
+            "auto",
+            [(5, 9), (14, 20)],
+            "1 of 3 conversations are longer than a row: 1 end with the last answer that fits (8 of",
+        ),
+        ("begin", [(5, 9), (14, 20)], "1 end with the last answer that fits (8 of their tokens are not learned)"),
+        ("drop", [], "1 are left out (18 of their tokens are not learned)"),
+        ("cut", [(5, 9), (14, 20), (30, 38)], "1 of 3 conversations are longer than a row: 1 fill several"),
+    ],
+)
+def test_a_conversation_longer_than_a_row_is_read_as_the_policy_says(
+    policy: str, learned_tokens: list[tuple[int, int]], words: str
+) -> None:
+    tokens = marked((10, [(4, 9)]), LONG_TALK, (6, [(2, 6)]))
+    loader = loading(tokens, 24, 4, seed=1, document_mask=True, long_documents=policy)
+    assert words in loader.orders[0].told  # type: ignore[union-attr]
+    batch = next(loader.portions(1, 1))[0]
+    seen = {int(i) for i in batch.targets.flatten() if i != IGNORED}
+    long = {int(tokens.ids[10 + i]) for a, b in learned_tokens for i in range(a, b)}
+    assert seen == long | set(tokens.ids[4:9].tolist()) | set(tokens.ids[52:56].tolist())
+    if policy != "cut":  # every answer has all that came before it in its row
+        for row, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+            for at, target in enumerate(targets):
+                if target != IGNORED:
+                    document = int(np.searchsorted(tokens.document_starts, target - 1, side="right")) - 1
+                    first = int(tokens.document_starts[document])
+                    assert row[at - (target - 2 - first) : at + 1] == tokens.ids[first : target - 1].tolist()
+
+
+@given(
+    st.lists(st.tuples(st.integers(3, 40), st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=8),
+    st.integers(8, 32),
+    st.sampled_from(["stream", "documents"]),
+)
+def test_no_conversation_is_cut_or_sees_another(shapes: list[tuple[int, int, int]], seq_len: int, packing: str) -> None:
+    documents = [(n, [(min(at, n - 1), min(at + more, n))]) for n, at, more in shapes]
+    tokens = marked(*documents)
+    try:
+        loader = loading(tokens, seq_len, 3, seed=2, document_mask=True, packing=packing)
+    except ValueError as error:
+        assert "raise it, or set data.long_documents=cut" in str(error)
+        assert all(n > seq_len and answers[0][1] > seq_len for n, answers in documents)
+        return
+    order, begun = loader.orders[0], Counter[int]()
+    for pieces in (order.pieces(np.arange(order.n_rows)),):
+        for start in pieces.start.tolist():
+            assert start in tokens.document_starts
+            begun[start] += 1
+    assert not begun or max(begun.values()) == 1
+    batch = next(loader.portions(1, 1))[0]
+    assert batch.doc_ids is not None and batch.positions is not None
+    for row, numbers, positions in zip(
+        batch.tokens.tolist(), batch.doc_ids.tolist(), batch.positions.tolist(), strict=True
+    ):
+        for at, (token, number) in enumerate(zip(row, numbers, strict=True)):
+            if positions[at]:  # it follows what stands before it in its own document, or is padding
+                assert number == numbers[at - 1]
+                assert token == row[at - 1] + 1 or tokens.start_id in (token, row[at - 1])
+
+
+def test_a_text_among_conversations_may_be_cut() -> None:
+    tokens = marked((50, [(0, 50)]), LONG_TALK, (6, [(2, 6)]))
+    order = loading(tokens, 24, 4, seed=1, document_mask=True).orders[0]
+    assert "2 of 3 conversations are longer than a row: 1 fill several, 1 end with the last answer" in order.told  # type: ignore[union-attr]
+    begun = loading(tokens, 24, 4, seed=1, document_mask=True, long_documents="begin").orders[0]
+    assert begun.long[:3] == (0, 2, 0)  # type: ignore[union-attr]
+    plain = loading(MemorySplit([50, 10]), 24, 4, seed=1, packing="documents", long_documents="drop").orders[0]
+    assert plain.long == (0, 0, 1, 50) and plain.plan.n_tokens == 10  # type: ignore[union-attr]
+
+
+def test_conversations_are_refused_without_a_document_mask_or_if_none_fits() -> None:
+    with pytest.raises(ValueError, match=r"memory holds conversations, .* set data\.document_mask=true"):
+        loading(marked(LONG_TALK), 64, 2, seed=1)
+    with pytest.raises(ValueError, match=r"none of its 1 conversations .* of 8 tokens .* set data\.long_documents=cut"):
+        loading(marked(LONG_TALK), 8, 2, seed=1, document_mask=True)
+    assert loading(marked(LONG_TALK), 8, 2, seed=1, document_mask=True, long_documents="cut").batch(1).n_targets >= 0
+
+
+def test_conversations_are_evaluated_to_their_last_target() -> None:
+    tokens = marked(LONG_TALK, (10, [(4, 9)]))
+    batches = list(validation_batches(tokens, 24, 2, None, True))  # type: ignore[arg-type]
+    assert sum(batch.n_targets for batch in batches) == 4 + 6 + 8 + 5
 
 
 # Opening

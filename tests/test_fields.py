@@ -104,3 +104,28 @@ def test_a_prompt_stands_before_the_text_and_only_the_text_is_learned() -> None:
             pick(record)
     with pytest.raises(BadRecord, match="'question'"):
         pick({"answer": "2"})
+
+
+TALK = {"instruction": "Hi", "output": "Ho", "id": 3}
+
+
+def test_a_conversation_is_its_canonical_json() -> None:
+    pick = fields.picker(None, None, None, spoken="chat")
+    assert pick(TALK) == '{"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Ho"}]}'
+    assert fields.picker(None, None, None, spoken="pair")(
+        {"prompt": "Hi", "chosen": "Ho", "rejected": "Hu"}
+    ).startswith('{"chosen":{"messages":[')
+    assert fields.columns(None, None, None, spoken="chat") == frozenset(), "every column of a table"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"messages": []}, "no field 'text'.*for conversations set chat: true"),
+        ({"conversations": []}, "--chat"),
+        ({"chosen": [], "rejected": []}, "for pairs of answers set preference: true"),
+    ],
+)
+def test_who_reads_conversations_as_text_is_told_what_to_set(record: Any, words: str) -> None:
+    with pytest.raises(BadRecord, match=words):
+        fields.picker(None, None, None)(record)

@@ -17,7 +17,7 @@ from transformers import (
 from variants import VARIANTS
 
 from gpt import tokenizer as tokenizers
-from gpt.generate import Column, Event, Sampling, StopText, complete, generate
+from gpt.generate import Column, Event, Past, Sampling, StopText, complete, generate
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.tokenizer import Tokenizer
 
@@ -471,3 +471,71 @@ def test_stops_do_not_depend_on_how_the_text_is_cut(stops: list[str], text: str)
 def test_an_empty_stop_string_is_refused(speaker: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="stop string is empty"):
         list(complete(speaker, tokenizer, [""], GREEDY, 5, seed=0, stop=["x", ""]))
+
+
+# From one call to the next
+
+
+def counted(model: GPT, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass of the model reads, from now on."""
+    read: list[int] = []
+    features = GPT.features
+
+    def count(self: GPT, tokens: Tensor, *args: object, **options: object) -> Tensor:
+        read.append(tokens.shape[1])
+        return features(self, tokens, *args, **options)
+
+    monkeypatch.setattr(GPT, "features", count)
+    return read
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=1.5, repetition_penalty=1.3)], ids=["greedy", "drawn"]
+)
+def test_a_past_is_read_once_and_changes_no_token(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    past, row = Past(), [1, 5, 9]
+    for new in ([7, 8], [3], [4, 4, 4]):
+        row = [*row, *new]
+        expected = run(model, [row], sampling, 6)
+        with monkeypatch.context() as patch:
+            read = counted(model, patch)
+            known = past.cache.longest if past.cache is not None else 0
+            assert [column.ids for column in run(model, [row], sampling, 6, past=past)] == [
+                column.ids for column in expected
+            ]
+            assert read == [len(row) - known, 1, 1, 1, 1, 1]
+        row = [*row, *[column.ids[0] for column in expected if column.ids[0] is not None]]
+
+
+def test_another_row_is_read_from_where_it_parts_from_the_past(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    past = Past()
+    run(model, [[1, 2, 3, 4, 5, 6]], max_tokens=3, past=past)
+    read = counted(model, monkeypatch)
+    for row, n_new in (([1, 2, 3, 9, 5, 6], 3), ([1, 2], 1), ([7, 2, 3], 3)):
+        first = len(read)
+        got = run(model, [row], max_tokens=2, past=past)
+        assert read[first] == n_new
+        assert [column.ids for column in got] == [column.ids for column in run(model, [row], max_tokens=2)]
+
+
+def test_a_past_outlives_a_row_that_fills_the_context_and_one_that_is_left_early(model: GPT) -> None:
+    past = Past()
+    for row, max_tokens in (([1, *range(2, 60)], 20), ([1, 2, 3], 4), ([1, 2, 3, 4, 5, 6, 7], 60), ([1, 2, 3, 4], 5)):
+        expected = [column.ids for column in run(model, [row], max_tokens=max_tokens)]
+        assert [column.ids for column in run(model, [row], max_tokens=max_tokens, past=past)] == expected
+    leaving = generate(model, [[1, 2, 3]], GREEDY, 9, seed=1, n_tokens_valid=64, stop_ids=(), past=past)
+    next(leaving), next(leaving)
+    leaving.close()
+    expected = [column.ids for column in run(model, [[1, 2, 3, 9]])]
+    assert [column.ids for column in run(model, [[1, 2, 3, 9]], past=past)] == expected
+
+
+def test_a_prefix_lm_reads_each_prompt_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, past = build(prefix_lm=True), Past()
+    run(model, [[1, 2, 3]], max_tokens=2, past=past)
+    expected = [column.ids for column in run(model, [[1, 2, 3, 4]])]
+    read = counted(model, monkeypatch)
+    assert [column.ids for column in run(model, [[1, 2, 3, 4]], past=past)] == expected
+    assert read[0] == 4

@@ -24,7 +24,7 @@ from gpt import gguf, vocabularies
 from gpt import tokenizer as tokenizers
 from gpt.generate import Sampling, generate
 from gpt.model import GPT, ModelConfig, init_weights
-from gpt.tokenizer import Tokenizer
+from gpt.tokenizer import CHATML, Tokenizer
 
 AWKWARD = [
     "Hello, world! It's 12345 o'clock, isn't it?\n\n\tdef f(x):\n    return x  # 1.5e-3\r\n",
@@ -164,7 +164,7 @@ def test_the_tokenizer_is_read_back(tmp_path: Path, bpe: Tokenizer) -> None:
     ids = [values[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")]
     assert ids == [bpe.start_id, bpe.end_id, bpe.pad_id]
     assert values["tokenizer.ggml.add_bos_token"] is True and values["tokenizer.ggml.add_eos_token"] is False
-    assert "tokenizer.chat_template" not in values
+    assert values["tokenizer.chat_template"] == CHATML
 
 
 def test_a_chat_template_goes_along_as_it_is(tmp_path: Path, bpe: Tokenizer) -> None:

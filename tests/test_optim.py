@@ -1,12 +1,16 @@
 """Optimizers: Muon against torch's, what decays, and state that survives being written down."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gpt.checkpoint import serialize
 from gpt.model import GPT
 from gpt.optim import Muon, OptimConfig, Optimizer, orthogonalize
 
@@ -187,6 +191,69 @@ def test_state_of_another_model_is_refused_by_name(build: Build) -> None:
         optimizer.load_state({"model.layers.7.up.weight:exp_avg": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"'model\.norm\.weight:exp_avg' has shape \(3,\), the parameter \(32,\)"):
         optimizer.load_state({"model.norm.weight:exp_avg": torch.zeros(3)})
+
+
+# 8-bit averages
+
+
+EIGHT = OptimConfig(kind="adamw", lr=1e-2, state="8bit")
+
+
+def test_8_bit_averages_make_nearly_the_same_updates(build: Build) -> None:
+    pytest.importorskip("torchao")
+    ours, theirs, began = build(d_model=64), build(d_model=64), build(d_model=64)
+    walk(ours, Optimizer(ours, EIGHT), range(1, 6))
+    walk(theirs, Optimizer(theirs, OptimConfig(kind="adamw", lr=1e-2)), range(1, 6))
+    for (name, a), b, c in zip(ours.named_parameters(), theirs.parameters(), began.parameters(), strict=True):
+        assert (a - b).norm() <= 0.05 * (b - c).norm(), name
+
+
+def test_8_bit_averages_are_a_byte_a_number_in_the_blocks_and_fp32_elsewhere(build: Build) -> None:
+    pytest.importorskip("torchao")
+    model = build(d_model=64)
+    walk(model, optimizer := Optimizer(model, EIGHT), range(1, 2))
+    state, matrix = optimizer.state(), "model.layers.0.mlp.up_proj.weight"
+    assert state[f"{matrix}:exp_avg.codes"].dtype == torch.uint8
+    assert state[f"{matrix}:exp_avg.codes"].shape == model.get_parameter(matrix).shape
+    assert state[f"{matrix}:exp_avg_sq.scale"].numel() == model.get_parameter(matrix).numel() // 256
+    assert state["model.embed_tokens.weight:exp_avg"].dtype == torch.float32
+
+
+def test_updates_go_on_bit_for_bit_from_8_bit_averages_in_a_safetensors_file(build: Build, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    straight = build(d_model=64)
+    walk(straight, first := Optimizer(straight, EIGHT), range(1, 4))
+    weights = {name: value.clone() for name, value in straight.state_dict().items()}
+    (tmp_path / "x.safetensors").write_bytes(b"".join(serialize(first.state(), {})))
+    walk(straight, first, range(4, 7))
+    resumed = build(d_model=64, seed=9)
+    resumed.load_state_dict(weights)
+    second = Optimizer(resumed, EIGHT)
+    second.load_state(load_file(tmp_path / "x.safetensors"))
+    walk(resumed, second, range(4, 7))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert first.state().keys() == second.state().keys()
+    assert all(torch.equal(value, second.state()[name]) for name, value in first.state().items())
+
+
+def test_8_bit_averages_are_refused_without_torchao_and_beside_muon(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ValueError, match=r"optim.state=8bit needs torchao.*pip install.*or set optim.state=fp32"):
+        Optimizer(build(), EIGHT)
+    with pytest.raises(ValidationError, match=r"state \(8bit\) is for kind 'adamw': Muon's momentum stays fp32"):
+        OptimConfig(kind="muon", state="8bit")
+
+
+def test_frozen_parameters_have_no_state_and_stay(build: Build) -> None:
+    model = build().requires_grad_(False)
+    trained = model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    walk(model, optimizer := Optimizer(model, OptimConfig(lr=1e-2)), range(1, 3))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"model.layers.0.mlp.up_proj.weight"}
+    assert len(optimizer.state()) == 3 and optimizer.names[trained] in moved
 
 
 # Settings

@@ -24,6 +24,64 @@ def test_without_compilation_it_is_the_objective_itself(build: Build) -> None:
     assert applied(objective, compile=False) is objective
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointing_changes_no_bit_of_the_loss_or_a_gradient(
+    build: Build, tokens: Tokens, dtype: torch.dtype, packed: bool
+) -> None:
+    """With dropout: what was hidden is hidden again, and draws that come after it are the same."""
+    ids = torch.tensor([0] * 5 + [1] * 7).expand(2, -1)
+    given = (
+        tokens(2, 12),
+        tokens(2, 12, seed=1),
+        *([torch.tensor([*range(5), *range(7)]).expand(2, -1), ids] * packed),
+    )
+    results = []
+    for checkpointing in ("none", "full"):
+        objective = NextToken(build(n_kv_head=2, dropout=0.3).train())
+        forward = applied(objective, compile=False, checkpointing=checkpointing)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = forward(*given)
+        loss.backward()
+        results.append([loss, torch.rand(3), *(parameter.grad for parameter in objective.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_checkpointing_keeps_what_a_block_reads_and_little_else(build: Build, tokens: Tokens) -> None:
+    """Bytes that autograd keeps between the passes, each storage once, without the parameters."""
+    objective, x = NextToken(build(n_layer=8).train()), tokens(2, 32)
+    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
+    kept: dict[str, dict[int, int]] = {"none": {}, "full": {}}
+    for checkpointing, storages in kept.items():
+
+        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = applied(objective, compile=False, checkpointing=checkpointing)(x, x)
+        assert loss.requires_grad  # and held until here, so that no storage's place was taken by another
+    stream = 2 * 32 * 32 * 4
+    assert sum(kept["full"].values()) < sum(kept["none"].values()) / 8
+    assert sum(kept["full"].values()) >= 8 * stream
+
+
+def test_checkpointing_is_applied_once_and_taken_off_again(build: Build, tokens: Tokens) -> None:
+    objective = NextToken(build())
+    plain = objective.model.model.through
+    for _ in range(2):
+        assert applied(objective, compile=False, checkpointing="full") is objective
+    through = objective.model.model.through
+    assert through is not plain
+    with torch.no_grad():
+        torch.testing.assert_close(objective.model(tokens(1, 8)), build()(tokens(1, 8)), rtol=0, atol=0)
+    applied(objective, compile=False)
+    assert objective.model.model.through is plain
+
+
 def test_without_a_gpu_documents_are_masked_pair_by_pair(build: Build) -> None:
     model = build()
     kernel, why = document_kernel(model)
@@ -61,10 +119,17 @@ def test_the_gpu_s_kernel_computes_the_mask_of_every_pair(build: Build) -> None:
             assert (a.grad - b.grad).norm() <= 2e-2 * a.grad.norm(), name
 
 
-def agrees(build: Build, tokens: Tokens, dtype: torch.dtype, tolerance: float, packed: tuple[Tensor, ...] = ()) -> None:
+def agrees(
+    build: Build,
+    tokens: Tokens,
+    dtype: torch.dtype,
+    tolerance: float,
+    packed: tuple[Tensor, ...] = (),
+    checkpointing: str = "none",
+) -> None:
     """A step of the compiled objective equals the eager one's, also after the weights moved."""
     eager, compiled = NextToken(build(n_kv_head=2).train()), NextToken(build(n_kv_head=2).train())
-    forward = applied(compiled, compile=True)
+    forward = applied(compiled, compile=True, checkpointing=checkpointing)
     x, y = tokens(2, 12), tokens(2, 12, seed=1)
     for _ in range(2):
         losses = []
@@ -87,6 +152,7 @@ def test_the_objective_is_captured_whole_and_trains_as_before(
     agrees(build, tokens, torch.float32, 1e-5)
     ids = torch.tensor([0] * 5 + [1] * 7).expand(2, -1)
     agrees(build, tokens, torch.float32, 1e-5, (torch.tensor([*range(5), *range(7)]).expand(2, -1), ids))
+    agrees(build, tokens, torch.float32, 1e-5, checkpointing="full")
 
 
 @pytest.mark.slow

@@ -274,6 +274,15 @@ def test_flops_of_a_token_are_those_counted_by_hand(build: Build, tied: bool) ->
     assert plan.flops_per_token(model, seq_len=10) == 6 * (2 * (attention + mlp) + head) + 2 * 12 * 32 * 10
 
 
+def test_frozen_matrices_cost_no_gradient_of_their_own(build: Build) -> None:
+    model = build()
+    whole, attention = plan.flops_per_token(model, 10), 2 * 12 * 32 * 10
+    assert plan.n_trained(model) == plan.n_parameters(model)
+    model.requires_grad_(False)
+    assert plan.flops_per_token(model, 10) - attention == (whole - attention) * 4 / 6
+    assert plan.n_trained(model) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H200", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("Abacus", None)],

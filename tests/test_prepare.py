@@ -27,7 +27,7 @@ from gpt.corpus import Source
 from gpt.encode import Encoder
 from gpt.prepare import PrepareConfig, Report
 from gpt.shards import TokenSet
-from gpt.tokenizer import END, Tokenizer
+from gpt.tokenizer import END, Tokenizer, train
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
@@ -888,3 +888,234 @@ def test_prompts_are_marked_and_only_what_follows_them_is_learned(text: Path, tm
     assert found == dict(rows[:60]) and n_plain == 130
     with pytest.raises(ValueError, match="split=hash"):
         settings_of([f"input=[{{path: {path}, prompt: question, field: answer}}]", "split=tail"])
+
+
+# Conversations
+
+
+TOOL_TALK = [
+    {"role": "user", "content": "Add 2 and 3."},
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 2, "b": 3}}]},
+    {"role": "tool", "content": "5"},
+    {"role": "assistant", "content": "It is 5."},
+]
+
+
+def talk(i: int) -> dict[str, Any]:
+    """A conversation in one of the shapes that people have them in."""
+    asked, told = f"Question {i}? <|im_end|>", f"Answer {i}. <|im_start|>"
+    shapes: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]},
+        {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]},
+        {"prompt": asked, "completion": told},
+        {"instruction": asked, "input": "", "output": told},
+    ]
+    return shapes[i % 4]
+
+
+def chat_file(path: Path, rows: list[dict[str, Any]]) -> Path:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def of_talks(path: Path | str, kind: str = "chat", **changes: Any) -> PrepareConfig:
+    return settings("x", **changes).model_copy(
+        update={"input": (Source.model_validate({"path": str(path), kind: True}),)}
+    )
+
+
+def learned_of(path: Path, split: str) -> list[tuple[list[int], list[int]]]:
+    """(ids, those of them that are learned) of each document."""
+    tokens, found = TokenSet(path, split), []
+    for start, end in itertools.pairwise([*tokens.document_starts.tolist(), tokens.n_tokens]):
+        ids = tokens.read(start, end - start).tolist()
+        spans = [span for span in tokens.spans(start, end - start) if span.kind == "train"]
+        found.append((ids, [i for span in spans for i in ids[span.start - start : span.end - start]]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["talks.jsonl", "talks.jsonl.gz"])
+def test_conversations_of_any_shape_become_documents_of_which_the_assistant_is_learned(
+    tmp_path: Path, name: str, small_chunks: None
+) -> None:
+    path = chat_file(tmp_path / name, [*map(talk, range(120)), {"messages": TOOL_TALK}])
+    out = tmp_path / "set"
+    report = run(of_talks(path), out)
+    tokenizer = Tokenizer.load(out)
+    end = tokenizer.vocab["<|im_end|>"]
+    said = set()
+    for split in ("train", "val"):
+        tokens = TokenSet(out, split)
+        assert tokens.conversations and not tokens.pairs
+        assert tokens.document_bytes.sum() == report.bytes[split]
+        for ids, learned in learned_of(out, split):
+            assert learned[-1] == end and "\nuser" not in tokenizer.decode(learned)
+            said.add(tokenizer.decode([i for i in learned if i != end]))
+            roles = [line for line in tokenizer.decode(ids).split("\n") if line in ("user", "assistant", "tool")]
+            assert ids.count(end) == len(roles), "one for each turn: text never becomes a control token"
+    told = {f"Answer {i}. <|im_start|>" for i in range(120)}
+    assert told <= said and len(said - told) == 1
+    assert '"add"' in (call := (said - told).pop()) and call.endswith("It is 5.") and "Add 2" not in call
+    assert "conversations: 121, 244 turns (2.0 each)" in report.notes
+    assert 0 < report.learned["train"] < report.tokens["train"]
+    assert all(not re.search(r'"role"|"content"', tokenizer.piece(i)) for i in range(tokenizer.size)), (
+        "no JSON is learned"
+    )
+
+
+def test_conversations_in_parts_and_by_processes_have_the_same_bytes(tmp_path: Path, small_chunks: None) -> None:
+    config, console = (
+        of_talks(chat_file(tmp_path / "talks.jsonl", list(map(talk, range(200))))),
+        Console(file=io.StringIO()),
+    )
+    run(config, tmp_path / "a")
+    run(config.model_copy(update={"workers": 2}), tmp_path / "b")
+    prepare.scan_only(config, tmp_path / "c", console=console)
+    for part in (2, 1):
+        prepare.make_part(config, tmp_path / "c", part, 2, console=console)
+    prepare.merge(config, tmp_path / "c", console=console)
+    assert content(tmp_path / "a") == content(tmp_path / "b") == content(tmp_path / "c")
+    prepare.prepare(config, tmp_path / "a", console=(told := Console(file=io.StringIO())))
+    assert "up to date" in told.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_pair_is_two_documents_of_which_the_last_answer_is_learned(tmp_path: Path, small_chunks: None) -> None:
+    first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    rows = [
+        {"prompt": [*first, {"role": "user", "content": f"Say {i}"}], "chosen": f"good {i}", "rejected": f"bad {i}"}
+        for i in range(90)
+    ]
+    report = run(of_talks(chat_file(tmp_path / "pairs.jsonl", rows), "preference"), tmp_path / "set")
+    assert "conversations: 180 in 90 pairs, 720 turns (4.0 each)" in report.notes
+    tokenizer, seen = Tokenizer.load(tmp_path / "set"), set()
+    for split in ("train", "val"):
+        tokens = TokenSet(tmp_path / "set", split)
+        assert tokens.pairs and tokens.n_documents % 2 == 0
+        texts = [tokenizer.decode(learned[:-1]) for _, learned in learned_of(tmp_path / "set", split)]
+        for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+            assert chosen.removeprefix("good") == rejected.removeprefix("bad")
+            seen.add(chosen)
+        assert all("Ho" in tokenizer.decode(ids) for ids, _ in learned_of(tmp_path / "set", split))
+    assert len(seen) == 90
+
+
+def test_conversations_stand_beside_text_that_is_learned_whole(text: Path, tmp_path: Path) -> None:
+    talks = Source(path=str(chat_file(tmp_path / "talks.jsonl", list(map(talk, range(40))))), chat=True, name="talks")
+    config = settings(text).model_copy(update={"input": (talks, Source(path=str(text), name="text"))})
+    run(config, tmp_path / "set")
+    tokens = TokenSet(tmp_path / "set", "train")
+    whole = [len(ids) == len(learned) for ids, learned in learned_of(tmp_path / "set", "train")]
+    assert whole == (tokens.document_sources == 1).tolist() and tokens.conversations
+
+
+BAD_TALKS = [
+    (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}',
+        "role 'bot' is unknown; expected",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}',
+        "message 1 (user) is empty",
+    ),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "no turn of an assistant"),
+    ('{"messages": [{"role": ', "broken JSON"),
+    (
+        '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+        "half of a surrogate",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_TALKS)
+def test_a_bad_conversation_is_told_with_its_file_and_line_or_skipped(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join([*(json.dumps(talk(i)) for i in range(30)), line, json.dumps(talk(30))]))
+    with pytest.raises(ValueError, match=r"talks\.jsonl:31: .*" + re.escape(words)):
+        run(of_talks(path), tmp_path / "set")
+    report = run(of_talks(path, on_bad_record="skip"), tmp_path / "set")
+    assert sum(report.documents.values()) == 31 and report.n_skipped == 1 and words in report.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are equal"),
+        ({"chosen": talk(0)["messages"], "rejected": talk(4)["messages"]}, "prompts must be equal"),
+    ],
+)
+def test_a_bad_pair_is_told_with_its_file_and_line(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl:2: .*{words}"):
+        run(of_talks(chat_file(tmp_path / "pairs.jsonl", [good, row]), "preference"), tmp_path / "set")
+
+
+def with_template(path: Path, template: str) -> Path:
+    """The tokenizer of a data set, with another chat template."""
+    path.mkdir()
+    tokenizer = train(["Question Answer 0123456789 " * 9], "bpe", None)
+    for name, data in tokenizer.files().items():
+        (path / name).write_bytes(data)
+    about = json.loads((path / "tokenizer_config.json").read_bytes()) | {"chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(about))
+    return path
+
+
+NO_TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["talks.jsonl", "talks.jsonl.gz"])
+def test_what_the_template_refuses_is_told_with_its_place_or_skipped(tmp_path: Path, name: str) -> None:
+    path = chat_file(tmp_path / name, [*map(talk, range(40)), {"messages": TOOL_TALK}, talk(41)])
+    tokenizer = str(with_template(tmp_path / "with", NO_TOOLS))
+    config = of_talks(path, tokenizer=tokenizer, vocab_size=None)
+    place = ":41: " if name.endswith("jsonl") else ": the conversation "
+    with pytest.raises(ValueError, match=rf"{name}{place}.*no tools here.*skip leaves"):
+        run(config, tmp_path / "set")
+    report = run(config.model_copy(update={"on_bad_record": "skip"}), tmp_path / "other")
+    assert sum(report.documents.values()) == 41 and report.n_skipped == 1 and "no tools here" in report.skipped[0]
+    assert any(note.startswith("in = out: 41 documents") for note in report.notes)
+
+
+def test_a_tokenizer_without_a_template_or_its_tokens_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path / "with", "x")
+    about = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
+    del about["chat_template"]
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(about))
+    raw = json.loads((tokenizer / "tokenizer.json").read_bytes())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if "im_" not in token["content"]]
+    raw["model"]["vocab"] = {k.replace("<|im_", "<|in_"): v for k, v in raw["model"]["vocab"].items()}
+    (tokenizer / "tokenizer.json").write_text(json.dumps(raw))
+    (tmp_path / "talks.jsonl").write_text("no JSON at all")
+    with pytest.raises(ValueError, match="template"):
+        run(of_talks(tmp_path / "talks.jsonl", tokenizer=str(tokenizer), vocab_size=None), tmp_path / "set")
+
+
+def test_another_template_makes_another_data_set(tmp_path: Path) -> None:
+    path = chat_file(tmp_path / "talks.jsonl", list(map(talk, range(30))))
+    one = of_talks(path, tokenizer=str(with_template(tmp_path / "one", NO_TOOLS)), vocab_size=None)
+    two = of_talks(path, tokenizer=str(with_template(tmp_path / "two", NO_TOOLS.replace("\n", " "))), vocab_size=None)
+    run(one, tmp_path / "set")
+    with pytest.raises(ValueError, match="made from other text or settings"):
+        run(two, tmp_path / "set")
+
+
+def test_a_data_set_in_which_nothing_is_learned_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = chat_file(tmp_path / "talks.jsonl", list(map(talk, range(30))))
+    encode = workers.chat.encode
+    monkeypatch.setattr(
+        workers.chat, "encode", lambda *args, **how: (e := encode(*args, **how))._replace(mask=[False] * len(e.ids))
+    )
+    with pytest.raises(ValueError, match="every target is masked"):
+        run(of_talks(path), tmp_path / "set")
+
+
+def test_one_conversation_alone_cannot_be_split(tmp_path: Path) -> None:
+    path = chat_file(tmp_path / "talks.jsonl", [talk(0)])
+    with pytest.raises(ValueError, match="name validation inputs"):
+        run(of_talks(path), tmp_path / "set")

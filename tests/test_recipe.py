@@ -46,3 +46,20 @@ def test_a_bare_string_is_a_hub_data_set_a_url_or_a_path() -> None:
     assert as_source("hub:org/name@v1") == {"hub": "org/name@v1"}
     assert as_source("http://x/y#sha256=ab") == {"url": "http://x/y", "sha256": "ab"}
     assert as_source("hub/file.txt") == {"path": "hub/file.txt"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ("{path: a, chat: true, field: b}", "with chat a record is a conversation as a whole; leave field out"),
+        ("{path: a, preference: true, begins: b}", "with preference .* leave begins out"),
+        ("{path: a, chat: true, preference: true}", "conversations .* or pairs .* not both"),
+        ("[{path: a, chat: true}, {path: b, preference: true}]", "a data set of pairs"),
+    ],
+)
+def test_conversations_are_records_as_a_whole(inputs: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load(f"input={inputs}")
+    for more, why in (("split=tail", "split=hash"), ("kind=ids vocab_size=9", "kind ids has no words")):
+        with pytest.raises(ValueError, match=why):
+            load("input={path: a, chat: true}", *more.split())

@@ -7,15 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from gpt import chat, hf, runtime
+from gpt import chat, generate, hf, runtime
 from gpt import tokenizer as tokenizers
+from gpt.conversations import Conversation
 from gpt.model import GPT, ModelConfig, init_weights
+from gpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROSE = "user assistant system\n the river runs to the sea, 床前明月光，疑是地上霜。" * 6
@@ -272,9 +278,9 @@ def test_a_chat_answers_each_line_and_ends_with_its_input(
     said: list[list[str]] = []
     encode = chat.encode
 
-    def record(tokenizer: object, messages: list, *, reply: bool = False) -> object:
-        said.append([message.role for message in messages])
-        return encode(tokenizer, messages, reply=reply)
+    def record(tokenizer: Tokenizer, conversation: Conversation, **options: Any) -> chat.Encoded:
+        said.append([message["role"] for message in conversation.messages])
+        return encode(tokenizer, conversation, **options)
 
     monkeypatch.setattr(chat, "encode", record)
     talk(sample, monkeypatch, model_dir, "hi\n\nthe sea\n", "--system", "s")
@@ -282,7 +288,15 @@ def test_a_chat_answers_each_line_and_ends_with_its_input(
     assert capsys.readouterr().out.count("\n") >= 2
 
 
-def test_a_chat_says_its_format_and_an_unknown_one_is_refused_before_anything_is_typed(
+def with_template(model_dir: Path, path: Path, template: str | None) -> Path:
+    """A copy of the model whose tokenizer has another template, or none."""
+    other = shutil.copytree(model_dir, path)
+    config = json.loads((other / "tokenizer_config.json").read_bytes()) | {"chat_template": template}
+    (other / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return other
+
+
+def test_a_chat_says_whose_template_it_has_and_one_without_ends_is_refused_before_anything_is_typed(
     sample: ModuleType,
     model_dir: Path,
     tmp_path: Path,
@@ -290,16 +304,87 @@ def test_a_chat_says_its_format_and_an_unknown_one_is_refused_before_anything_is
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     talk(sample, monkeypatch, model_dir, "/quit\n")
-    assert "chat format: chatml\n" in capsys.readouterr().err
-    other = shutil.copytree(model_dir, tmp_path / "other")
-    config = json.loads((other / "tokenizer_config.json").read_bytes()) | {
-        "chat_template": "{{ '<start_of_turn>user' }}"
-    }
-    (other / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match="chat format of this tokenizer is not known here: its chat template names none"
-    ):
+    assert "chat template: the one of its tokenizer\n" in capsys.readouterr().err
+    talk(sample, monkeypatch, with_template(model_dir, tmp_path / "old", None), "/quit\n")
+    assert "chat template: ChatML\n" in capsys.readouterr().err
+    other = with_template(model_dir, tmp_path / "other", "{{ '<|start_of_turn|>user' }}")
+    with pytest.raises(ValueError, match=r"ends a reply with no control token .* names <\|start_of_turn\|>"):
         talk(sample, monkeypatch, other, "hi\n")
+
+
+def test_a_model_speaks_the_template_that_it_brings_and_is_told_the_day(
+    sample: ModuleType,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ strftime_now('%Y') + m.role + ': ' + m.content + '<|reserved_0|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    other = with_template(model_dir, tmp_path / "other", template)
+    texts: list[str] = []
+    monkeypatch.setattr(generate, "complete", recording(texts, Tokenizer.load(other)))
+    talk(sample, monkeypatch, other, "the sea\n")
+    assert texts == [f"{datetime.now():%Y}user: the seaassistant: "]
+    talk(sample, monkeypatch, other, "the sea\n", "--system", "be brief")
+    assert "error: the chat template refuses this conversation: no system here" in capsys.readouterr().err
+
+
+def recording(texts: list[str], tokenizer: Tokenizer) -> Callable[..., object]:
+    """`complete`, which writes down what it is asked."""
+    complete = generate.complete
+
+    def record(model: GPT, speaker: Tokenizer, prompts: list[list[int]], *args: Any, **options: Any) -> object:
+        texts.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return complete(model, speaker, prompts, *args, **options)
+
+    return record
+
+
+@pytest.mark.parametrize("temperature", ["0", "1.5"])
+def test_each_turn_reads_only_what_is_new_and_says_what_it_would_have_said(
+    sample: ModuleType,
+    model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: str,
+) -> None:
+    read: list[int] = []
+    prompts: list[int] = []
+    features, encode = GPT.features, chat.encode
+
+    def count(self: GPT, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        read.append(tokens.shape[1])
+        return features(self, tokens, *args, **options)
+
+    def record(*args: Any, **options: Any) -> chat.Encoded:
+        encoded = encode(*args, **options)
+        prompts.append(len(encoded.ids))
+        return encoded
+
+    monkeypatch.setattr(GPT, "features", count)
+    monkeypatch.setattr(chat, "encode", record)
+    flags = ("--temperature", temperature, "--max-tokens", "4", "--system", "s")
+    talk(sample, monkeypatch, model_dir, "hi\na\n", *flags)
+    with_cache = capsys.readouterr().out
+    first, second = [n for n in read if n > 1]
+    assert first == prompts[0]
+    # The message, what ends the reply and opens the next, and of the reply at most what is cut otherwise when it is read.
+    assert second <= prompts[-1] - prompts[0] and sum(read) <= prompts[-1] + 2 * 4
+
+    class Forgetful(generate.Past):
+        def begin(self, *args: Any) -> Any:
+            self.ids = []
+            return super().begin(*args)
+
+    read.clear()
+    monkeypatch.setattr(generate, "Past", Forgetful)
+    talk(sample, monkeypatch, model_dir, "hi\na\n", *flags)
+    assert capsys.readouterr().out == with_cache
+    assert [n for n in read if n > 1] == [prompts[0], prompts[-1]]
 
 
 @pytest.mark.parametrize(

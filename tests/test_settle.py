@@ -12,6 +12,7 @@ from rich.console import Console
 from gpt import config, growth, hf, settle, tokenizer
 from gpt.data import Data, Loader, open_data
 from gpt.durable import CorruptError
+from gpt.loss import NextToken
 from gpt.model import GPT, init_weights
 from gpt.plan import Choices
 from gpt.run import RunDirectory
@@ -227,7 +228,7 @@ def said_of(*overrides: str) -> list[str]:
     def update(*_: object) -> None:
         raise AssertionError("nothing is measured where everything is chosen")
 
-    settle.settle(ready, model, lambda: init_weights(model, 1), data, loader, update, lambda: 0.0, lines.append)  # type: ignore[arg-type]
+    settle.settle(ready, NextToken(model), None, lambda: init_weights(model, 1), data, loader, update, lambda: 0.0, lines.append)  # type: ignore[arg-type]
     return lines
 
 

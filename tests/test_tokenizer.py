@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from gpt import tokenizer as tokenizers
-from gpt.tokenizer import END, IM_END, IM_START, MIN_VOCAB_SIZE, Kind, Tokenizer, default_vocab_size, train
+from gpt.tokenizer import CHATML, END, IM_END, IM_START, MIN_VOCAB_SIZE, Kind, Tokenizer, default_vocab_size, train
 
 TEXT = (
     "the river runs to the sea, and the sea is full; 床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。\n"
@@ -83,10 +83,20 @@ def test_awkward_text_comes_back_and_holds_no_control_token(kind: Kind) -> None:
 
 
 def test_control_tokens_are_where_they_are_expected_and_are_not_decoded(bpe: Tokenizer) -> None:
-    assert (bpe.start_id, bpe.end_id, bpe.pad_id, bpe.chat_template) == (0, 0, 0, None)
+    assert (bpe.start_id, bpe.end_id, bpe.pad_id) == (0, 0, 0)
     assert bpe.control_ids == frozenset(range(8))
     assert bpe.decode([0, *bpe.encode("hi"), 2, 1]) == "hi"
     assert [bpe.piece(i) for i in (0, 1, 2)] == [END, IM_START, IM_END]
+
+
+def test_a_template_changes_neither_the_fingerprint_nor_what_is_encoded(bpe: Tokenizer) -> None:
+    bare = Tokenizer(dict(bpe.raw), {key: value for key, value in bpe.config.items() if key != "chat_template"})
+    assert (bare.chat_template, bpe.chat_template) == (None, CHATML)
+    assert bare.sha256 == bpe.sha256 and bare.files()["tokenizer.json"] == bpe.files()["tokenizer.json"]
+    # Where chats are written out as text, their control tokens are read back from it; elsewhere nothing is.
+    assert (bare.config["split_special_tokens"], bpe.config["split_special_tokens"]) == (True, False)
+    for text in AWKWARD:
+        assert bare.encode(text) == bpe.encode(text)
 
 
 def test_digits_go_by_three_and_han_apart_from_latin() -> None:
@@ -150,7 +160,7 @@ def test_pieces_show_text_or_bytes_and_stand_for_every_byte(bpe: Tokenizer) -> N
 def agree(tmp_path: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
     for name, data in tokenizer.files().items():
         (tmp_path / name).write_bytes(data)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
     for text in texts:
         assert theirs.encode(text) == tokenizer.encode(text), repr(text)
         assert theirs.decode(theirs.encode(text), skip_special_tokens=True) == tokenizer.decode(tokenizer.encode(text))

@@ -66,8 +66,9 @@ def test_spans_of_a_view_are_those_of_its_documents_moved(split: Split) -> None:
 
     object.__setattr__(base, "spans", spans)
     object.__setattr__(base, "has_spans", True)
+    object.__setattr__(base, "conversations", True)
     view = View(base, [0])
-    assert view.has_spans
+    assert view.has_spans and view.conversations and not view.pairs
     assert view.spans(0, 12) == [Span(1, 3, "train"), Span(6, 12, "prefix")]
     assert view.spans(3, 3) == []
     assert view.spans(3, 4) == [Span(6, 12, "prefix")]

@@ -31,7 +31,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--field", metavar="KEY", help="the field or column that holds the text; text by default")
     parser.add_argument("--template", metavar="TEXT", help="the text made of several fields: '{title}\\n{body}'")
     spoken = parser.add_mutually_exclusive_group()
-    spoken.add_argument("--chat", action="store_true", help="records are conversations; the assistant's turns are learned")
+    spoken.add_argument(
+        "--chat", action="store_true", help="records are conversations; the assistant's turns are learned"
+    )
     spoken.add_argument("--preference", action="store_true", help="records are pairs: chosen and rejected answers")
     parser.add_argument("--separator", metavar="TEXT", help="what parts the documents of a file; else each is one")
     vocabulary = parser.add_mutually_exclusive_group()

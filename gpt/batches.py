@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt import config as settings
-from gpt import signals
+from gpt import settle, signals
 from gpt.data import (
     IGNORED,
     Batch,
@@ -63,12 +63,12 @@ def order(dataset: str | None, config: Sequence[str] | None, seq_len: int | None
     if seq_len is not None:
         overrides.append(f"data.seq_len={seq_len}")
     run = settings.load(TrainConfig, Path(file), overrides, {"name": Path(file).stem})
-    if run.train.batch_tokens % run.data.seq_len:
+    if run.train.batch_tokens % settle.row_length(run):
         raise ValueError(
             f"train.batch_tokens ({run.train.batch_tokens}) must be a multiple of data.seq_len ({run.data.seq_len})"
         )
     steps = run.choices.steps if run.choices is not None else fixed_steps(run.train) or DRAWN_STEPS
-    return Order(run.data, run.train.batch_tokens // run.data.seq_len, run.seed, steps)
+    return Order(run.data, settle.rows(run), run.seed, steps)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ def parse(record: Any) -> Conversation:
     elif "instruction" in fields and "output" in fields:
         messages = [_turn("user", _instruction(fields)), _turn("assistant", _text(fields["output"], "output"))]
     elif "chosen" in fields and "rejected" in fields:
-        raise BadRecord("it has chosen and rejected, which make a pair; its input needs preference: true, not chat: true")
+        raise BadRecord(
+            "it has chosen and rejected, which make a pair; its input needs preference: true, not chat: true"
+        )
     else:
         raise BadRecord(f"no conversation; it has {_names(fields)}; expected {SHAPES}")
     return _checked([*_system(fields, messages), *messages], _tools(fields))
@@ -86,7 +88,9 @@ def parse_pair(record: Any) -> Pair:
     ours, theirs = (_asked(each.messages) for each in whole)
     if ours != theirs:
         n = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ours, theirs, strict=False)))
-        raise BadRecord(f"chosen and rejected differ from message {n + 1} on, before the last answer: prompts must be equal")
+        raise BadRecord(
+            f"chosen and rejected differ from message {n + 1} on, before the last answer: prompts must be equal"
+        )
     return Pair(chosen, rejected)
 
 
@@ -95,7 +99,9 @@ def _answered(prompt: Sequence[Message], answer: Any, name: str) -> list[Message
     messages = _said(answer, "assistant", name)
     if messages and messages[0]["role"] in ("assistant", "tool"):
         if not prompt:
-            raise BadRecord("an answer, and no prompt before it; expected a field prompt, or messages from the first on")
+            raise BadRecord(
+                "an answer, and no prompt before it; expected a field prompt, or messages from the first on"
+            )
         return [*prompt, *messages]
     asked = _asked(messages)
     bare = [message for message in prompt if message["role"] != "system"]

@@ -354,7 +354,9 @@ class Pairs:
         """How the pairs were packed, in words."""
         n_pairs, n_kept = self.n_documents // 2, len(self._starts)
         left_out = f"{n_pairs - n_kept:,} with a document longer than a half are left out"
-        return f"{n_kept:,} of {n_pairs:,} pairs in {self.n_rows:,} rows an epoch, {self.padding:.2%} padding; {left_out}"
+        return (
+            f"{n_kept:,} of {n_pairs:,} pairs in {self.n_rows:,} rows an epoch, {self.padding:.2%} padding; {left_out}"
+        )
 
     def pieces(self, ordinals: np.ndarray) -> Pieces:
         """Of the rows with these numbers, which ascend over all epochs; ordered by row, then column."""

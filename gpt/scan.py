@@ -57,9 +57,7 @@ class Split:
     fraction: float  # tail: of each document's characters
     threshold: int  # hash: documents whose value is below are held out
 
-    def parts(
-        self, given: str | None, text: str, n_bytes: int, value: int, source: int, *rest: Any
-    ) -> Sequence[Part]:
+    def parts(self, given: str | None, text: str, n_bytes: int, value: int, source: int, *rest: Any) -> Sequence[Part]:
         """The parts of a document that have any text. `n_bytes` may count other bytes than the text's, if normalized.
         `rest` is what a Part has besides, of a document that is not cut."""
         if self.mode == "hash":

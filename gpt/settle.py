@@ -70,7 +70,11 @@ def check(given: TrainConfig) -> None:
     if runtime.world_size() > 1:
         raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
     if given.train.batch_tokens % row_length(given):
-        twice = "twice data.seq_len, a row of chosen and one of rejected replies" if given.objective.of_pairs else "data.seq_len"
+        twice = (
+            "twice data.seq_len, a row of chosen and one of rejected replies"
+            if given.objective.of_pairs
+            else "data.seq_len"
+        )
         raise ValueError(
             f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of {twice} ({row_length(given)})"
         )
@@ -80,7 +84,9 @@ def check(given: TrainConfig) -> None:
             "init_from: runs/NAME (trained on chats, data with chat: true)"
         )
     if given.adapter is not None and given.init_from is None:
-        raise ValueError("an adapter is trained on a model that is there: name it, init_from: runs/NAME, or set adapter=null")
+        raise ValueError(
+            "an adapter is trained on a model that is there: name it, init_from: runs/NAME, or set adapter=null"
+        )
     if given.train.device != "auto":
         runtime.check_device(given.train.device)
 
@@ -301,7 +307,9 @@ def objective(config: TrainConfig, model: GPT, source: GPT | None) -> Objective:
     if config.adapter is not None:
         return Preferences(model, chosen, partial(_without_adapter, model))
     assert source is not None
-    return Preferences(model, chosen, partial(_frozen, source.to(model.lm_head.weight.device).requires_grad_(False), model))
+    return Preferences(
+        model, chosen, partial(_frozen, source.to(model.lm_head.weight.device).requires_grad_(False), model)
+    )
 
 
 @contextmanager

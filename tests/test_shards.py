@@ -61,6 +61,28 @@ def small(tmp_path: Path) -> Path:
     return write(tmp_path / "small", [documents(1, 5, 500, longest=8, spans=True)])
 
 
+def test_the_manifest_says_whether_documents_are_conversations_or_pairs(tmp_path: Path) -> None:
+    seals: dict[str, Any] = {"vocab_size": 9, "tokenizer_sha256": SEAL}
+    for kinds, expected in (
+        ({}, (False, False)),
+        ({"conversations": True}, (True, False)),
+        ({"pairs": True}, (True, True)),
+    ):
+        with durable.Directory(tmp_path / "-".join(["set", *kinds])) as directory:
+            entry = write_shard(directory, "train-0.tok", [Document([0, 1], 1, 0), Document([2], 1, 0)], **seals)
+            write_manifest(
+                directory, **seals, start_id=0, splits={"train": [entry]}, sources=["a"], settings={}, **kinds
+            )
+        found = TokenSet(tmp_path / "-".join(["set", *kinds]), "train")
+        assert (found.conversations, found.pairs) == expected
+        assert found.has_spans == found.conversations, "a conversation without a mark has nothing that is learned"
+        old = json.loads((found.path / "manifest.json").read_text())
+        del old["conversations"], old["pairs"], old["checksum"]
+        old["checksum"] = shards._manifest_checksum(old)
+        (found.path / "manifest.json").write_text(json.dumps(old))
+        assert not TokenSet(found.path, "train").pairs, "older data sets are of text"
+
+
 def rewrite(path: Path, **changes: Any) -> None:
     """Change the manifest and seal it again, as only someone who means it does."""
     manifest = json.loads((path / "manifest.json").read_bytes())

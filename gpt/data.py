@@ -353,7 +353,7 @@ class Pairs:
     def told(self) -> str:
         """How the pairs were packed, in words."""
         n_pairs, n_kept = self.n_documents // 2, len(self._starts)
-        left_out = f"{n_pairs - n_kept:,} with a document longer than a half are left out"
+        left_out = f"{n_pairs - n_kept:,} with a document longer than data.seq_len are left out"
         return (
             f"{n_kept:,} of {n_pairs:,} pairs in {self.n_rows:,} rows an epoch, {self.padding:.2%} padding; {left_out}"
         )

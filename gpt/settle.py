@@ -282,8 +282,11 @@ def check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT) ->
     durable.check_space(run.path, to_come * 12 * plan.n_trained(model))
 
 
-def fill(model: GPT, config: TrainConfig, latest: Path | None, source: GPT | None) -> None:
-    """Give the model its weights: the latest checkpoint's, the source's, or fresh ones from the seed."""
+def fill(model: GPT, config: TrainConfig, latest: Path | None, read_source: Callable[[], GPT | None]) -> None:
+    """Give the model its weights: the latest checkpoint's, the source's, or fresh ones from the seed.
+
+    The source is read for it each time, so that no second copy stands in memory while the run trains.
+    """
     if config.adapter is not None:
         if latest is None:
             adapters.fill(model, runtime.key(config.seed, 0, "adapter"))
@@ -291,7 +294,7 @@ def fill(model: GPT, config: TrainConfig, latest: Path | None, source: GPT | Non
             hf.load_adapter(model, latest)
     elif latest is not None:
         model.load_state_dict(hf.from_disk(config.model, load_weights(latest)))
-    elif source is not None:
+    elif (source := read_source()) is not None:
         model.load_state_dict(source.state_dict())
     else:
         init_weights(model, runtime.key(config.seed, 0, "init"))

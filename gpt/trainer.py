@@ -222,10 +222,11 @@ def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
         config = settle.agree(given, run, latest, data, source)
         with _recorded(run, saves):
             model = settle.build(config, source, say)
-            source = source if config.adapter is None else None  # its tensors are the model's now
+            source = source if settle.needs_source(config) else None
             settle.check_space(run, saves, given.checkpoint.keep, model)
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
-            fill = partial(settle.fill, model, config, latest, source)
+            read_source = partial(settle.source, given, data, lambda line: None, base)
+            fill = partial(settle.fill, model, config, latest, read_source)
             objective = settle.objective(config, model, source)
             config = settle.settle(config, objective, source, fill, data, loader, update, elapsed, say)
             assert config.choices is not None

@@ -1,7 +1,9 @@
+import gc
 import io
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 from gpt import config, prepare, settle, signals, trainer
 from gpt.checkpoint import load_weights
 from gpt.evaluate import Evaluation
+from gpt.model import GPT
 from gpt.run import RunDirectory
 from gpt.shards import TokenSet
 from gpt.trainer import TrainConfig, train, update
@@ -412,3 +415,20 @@ def test_what_is_read_and_how_often_is_said_before_the_first_update(two_sets: Pa
     text = console.export_text()
     assert "data/cats: 70.0% of what is read" in text
     assert -1 < text.index("warning: data/plants is read") < text.index("step 150/150")
+
+
+def test_a_source_is_not_kept_in_memory_beside_the_model_that_began_as_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings("train.steps=4"), console=CONSOLE)
+    alive, original = [], trainer.update
+
+    def counted(*args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(type(each) is GPT for each in gc.get_objects()))
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "update", counted)
+    before = sum(type(each) is GPT for each in gc.get_objects())
+    train(settings("name=tuned", "init_from=runs/tiny", "train.steps=4"), console=CONSOLE)
+    assert max(alive) == before + 1

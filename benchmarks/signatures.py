@@ -4,7 +4,8 @@
 
 Makes 2,000 conversations out of the documented functions of Python's standard library (the user gives a docstring, the
 assistant answers with one line, the signature), pretrains a base of 11M parameters on the library's text unless --base
-names one, and tunes it by configs/sft.yaml and configs/lora.yaml, each with and without a share of the pretraining text.
+names one, and tunes it by configs/sft.yaml and configs/lora.yaml, each with and without a share of the pretraining text,
+and what sft.yaml made by configs/dpo.yaml, on pairs of a docstring's own signature and another's.
 Prints, for the base and each tuned model, how many of 300 held-out prompts it answers in the format that was trained, and
 the bits per byte of the held-out pretraining text; last, one JSON line.
 """
@@ -81,6 +82,18 @@ def write(path: Path, made: list[tuple[str, str]]) -> None:
     )
 
 
+def write_pairs(path: Path, made: list[tuple[str, str]]) -> None:
+    """Each docstring with its own signature, which is preferred, and with the next one's."""
+    others = [signature for _, signature in made[1:] + made[:1]]
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": doc, "chosen": own, "rejected": other}) + "\n"
+            for (doc, own), other in zip(made, others, strict=True)
+            if own != other
+        )
+    )
+
+
 def run(directory: Path, script: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True, cwd=directory)
 
@@ -132,6 +145,13 @@ def measure(directory: Path, base: Path | None, quick: bool, settings: list[str]
             run(directory, "train.py", str(ROOT / "configs" / f"{name}.yaml"), *given, *short, *settings)
             case = f"{words}, replay {REPLAY:.0%}" if replay else words
             found[case] = scores(directory / "runs" / given[0].removeprefix("name="), held_out, pretraining)
+    write_pairs(directory / "pairs.jsonl", known)
+    source = {"path": str(directory / "pairs.jsonl"), "preference": True}
+    (directory / "pairs.yaml").write_text(json.dumps({"input": [source], "tokenizer": str(base)}))
+    run(directory, "data/prepare.py", "pairs.yaml", "--out", "data/pairs")
+    given = ["name=dpo", "init_from=runs/sft", "data.path=data/pairs"]
+    run(directory, "train.py", str(ROOT / "configs" / "dpo.yaml"), *given, *short)
+    found["everything, then dpo"] = scores(directory / "runs" / "dpo", held_out, pretraining)
     return found
 
 

@@ -179,14 +179,33 @@ class Session:
         self.log.eval(step, tokens=self.tokens(step), **asdict(result), elapsed_s=self.elapsed())
 
     def _sample(self, step: int) -> None:
-        seed = runtime.key(self.config.seed, step, "sample")
-        events = complete(self.objective.model, self.data.tokenizer, [""], Sampling(), SAMPLE_TOKENS, seed=seed)
-        self.log.sample(step, tokens=self.tokens(step), text="".join(event.text for event in events))
+        model, tokenizer = self.objective.model, self.data.tokenizer
+        seed, (asked, ends) = (
+            runtime.key(self.config.seed, step, "sample"),
+            opening(self.data, self.config.data.seq_len),
+        )
+        events = complete(model, tokenizer, [asked], Sampling(), SAMPLE_TOKENS, seed=seed, stop_ids=ends)
+        text = tokenizer.decode(asked[1:]) + "".join(event.text for event in events)
+        self.log.sample(step, tokens=self.tokens(step), text=text)
 
     def out_of_patience(self) -> bool:
         """Whether the last `train.patience` evaluations all failed to improve on the best before them."""
         patience, scores = self.config.train.patience, list(self.scores.values())
         return patience is not None and len(scores) > patience and min(scores[-patience:]) >= min(scores[:-patience])
+
+
+def opening(data: Data, seq_len: int) -> tuple[list[int], set[int]]:
+    """What a sample continues, and what ends it: the first prompt of the validation split, or else the start of a text."""
+    tokenizer = data.tokenizer
+    for val in (part.val for part in data.parts if part.val.has_spans):
+        start, end = [*val.document_starts[:2].tolist(), val.n_tokens][:2]
+        learned = (span for span in val.spans(start, end - start) if span.kind == "train" and span.start > start + 1)
+        span = next(learned, None)
+        if span is not None and span.start - start < seq_len:
+            *_, last = val.read(start, span.end - start).tolist()
+            ends = {tokenizer.end_id, last} & {tokenizer.end_id, *tokenizer.control_ids}
+            return val.read(start, span.start - start).tolist(), ends
+    return [tokenizer.start_id], {tokenizer.end_id}
 
 
 def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:

@@ -2,6 +2,7 @@ import gc
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -432,3 +433,21 @@ def test_a_source_is_not_kept_in_memory_beside_the_model_that_began_as_it(
     before = sum(type(each) is GPT for each in gc.get_objects())
     train(settings("name=tuned", "init_from=runs/tiny", "train.steps=4"), console=CONSOLE)
     assert max(alive) == before + 1
+
+
+def test_the_sample_of_a_run_on_chats_answers_the_first_held_out_question(here: Path) -> None:
+    turns = [
+        {"messages": [{"role": "user", "content": f"Is {i} odd?"}, {"role": "assistant", "content": "no"}]}
+        for i in range(90)
+    ]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    recipe = config.load(
+        prepare.PrepareConfig, None, ["input={path: chats.jsonl, chat: true}", "kind=char", "workers=1"]
+    )
+    prepare.prepare(recipe, Path("data/chats"), console=CONSOLE)
+    train(
+        settings("data.path=data/chats", "data.document_mask=true", "train.steps=4", "log.sample_every=4"),
+        console=CONSOLE,
+    )
+    (line,) = metrics("tiny", "sample")
+    assert re.match(r"user\nIs \d+ odd\?\nassistant\n", line["text"])

@@ -228,7 +228,9 @@ def said_of(*overrides: str) -> list[str]:
     def update(*_: object) -> None:
         raise AssertionError("nothing is measured where everything is chosen")
 
-    settle.settle(ready, NextToken(model), None, lambda: init_weights(model, 1), data, loader, update, lambda: 0.0, lines.append)  # type: ignore[arg-type]
+    settle.settle(
+        ready, NextToken(model), None, lambda: init_weights(model, 1), data, loader, update, lambda: 0.0, lines.append
+    )
     return lines
 
 

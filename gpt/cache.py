@@ -56,8 +56,7 @@ class KVCache:
 
         None: all of them (even rows, T = 1).
         """
-        n_tokens = positions.shape[1]
-        end = self.longest + n_tokens
+        end = self.longest + (n_tokens := positions.shape[1])
         reach = end if window is None else min(window, end)
         if self._even and n_tokens == 1 and reach == end:
             return None

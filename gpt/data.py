@@ -583,6 +583,8 @@ def _marked(tokens: Tokens, kind: Literal["train", "prefix"], start: int, count:
     for span in tokens.spans(start, min(count, tokens.n_tokens - start)):
         if span.kind == kind:
             marked[max(0, span.start - start) : span.end - start] = True
+    if start + count > tokens.n_tokens:  # after the last token of the circle comes its first
+        marked[-1] = any(span.kind == kind and span.start == 0 for span in tokens.spans(0, 1))
     return marked
 
 

@@ -49,6 +49,7 @@ class Family:
     windows: str | None = None  # how layers get sliding windows: "all", or "by layer"
     no_rope: bool = False  # no_rope_layers says which layers turn
     whole_heads: bool = False  # the class insists that hidden_size is a multiple of the heads
+    normed_after: bool = False  # queries and keys are normalized when they have turned: YaRN's factor of them is lost
     wide: bool = False  # the MLP is four times as wide as the stream, and no key says otherwise
     prefix: str = "model."  # of every name but the head's; published files may lack it
     rules: tuple[Rule, ...] = ()  # names that differ
@@ -184,6 +185,7 @@ FAMILIES = (  # where several compute a model, the first is named
         fixed={"attention_dropout": 0.0},
         # Its rotary positions turn the other way, and it normalizes queries and keys after that, not before: the same
         # with the halves of a head exchanged, for norms without gains do not see the order or the angle.
+        normed_after=True,
         rules=(
             Rule("layers.{}.self_attn.q_proj", ("layers.{}.self_attn.q_proj",), swapped=True),
             Rule("layers.{}.self_attn.k_proj", ("layers.{}.self_attn.k_proj",), swapped=True),
@@ -335,8 +337,12 @@ def read(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
     lacks += _unknown(family, raw)
     if family.rope_theta is not None:
         values |= _read_rope(family.rope_theta, raw, values["max_seq_len"], lacks)
+        if family.normed_after and (scaling := values.get("rope_scaling")) and scaling["kind"] == "yarn":
+            values["rope_scaling"] = scaling | {"attention_factor": 1.0}
     elif raw.get("embd_pdrop", 0.1) != values["dropout"]:
         lacks.append(f"embd_pdrop: {raw.get('embd_pdrop', 0.1)!r} beside resid_pdrop: {values['dropout']!r}")
+    if type(values["d_model"]) is not int:
+        raise ValueError(f"does not describe a model: its width is {values['d_model']!r:.60}")
     if lacks:
         raise ValueError(f"this {family.architecture} needs what this trainer does not have: {'; '.join(lacks)}")
     if family.wide or values["d_ff"] is None:
@@ -452,7 +458,7 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {**(keys or {"rope_type": "default"}), "rope_theta": config.rope_theta},
     }
     if scaling is not None and scaling.kind == "dynamic":
-        raw["max_position_embeddings"] = scaling.original_max_seq_len
+        raw["max_position_embeddings"] = scaling.original_max_seq_len or config.max_seq_len
     return raw
 
 
@@ -481,7 +487,7 @@ def _read_rope(default_theta: float, raw: Mapping[str, Any], max_seq_len: Any, l
     if wrong := [key for key in ("factor", *form) if not _is_number(form.get(key))]:
         raise ValueError(f"{wrong[0]} of rope scaling {kind!r} is {form.get(wrong[0])!r:.60}; expected a number")
     scaling = {"kind": kind} | {names[key]: value for key, value in form.items()}
-    if kind == "dynamic" and type(max_seq_len) is int:
+    if kind == "dynamic" and type(max_seq_len) is int and max_seq_len <= MAX_CONTEXT:
         scaling["original_max_seq_len"] = max_seq_len
         fields["max_seq_len"] = math.floor(max_seq_len * form["factor"])
     elif kind in ("yarn", "llama3"):

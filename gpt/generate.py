@@ -18,6 +18,7 @@ from gpt.runtime import key
 from gpt.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "eos", "length"]
+DRAWN = 1 << 12  # random numbers of a row that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sampling:
     def penalize(self, logits: Tensor, seen: Tensor) -> Tensor:
         """`logits` (B, V) with the repetition penalty on the tokens `seen` (B, V) bool."""
         penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-        return torch.where(seen, penalized, logits)
+        return torch.where(seen, penalized.clamp(max=torch.finfo(logits.dtype).max), logits)
 
     def keep(self, logits: Tensor) -> Tensor:
         """`logits` (B, V) at this temperature, -inf for every token that may not be drawn."""
@@ -76,7 +77,8 @@ class Sampling:
         """
         if self.greedy:
             return logits.argmax(-1, keepdim=True)
-        mass = self.keep(logits).softmax(-1).cumsum(-1)
+        best = logits.amax(-1, keepdim=True)  # at zero it stays finite, however cold it is
+        mass = self.keep(logits - best).softmax(-1).cumsum(-1)
         return torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
 
 
@@ -156,7 +158,7 @@ def generate(
     vocabulary = torch.arange(model.lm_head.weight.shape[0], device=device)
     banned = vocabulary >= n_tokens_valid
     banned[sorted(banned_ids)] = True
-    uniforms = _uniforms(seed, len(rows), max_tokens).to(device)
+    uniforms = _uniforms(seed, len(rows), max_tokens)
     seen = torch.stack([torch.isin(vocabulary, torch.tensor(row, device=device)) for row in rows])
     finished = [False] * len(rows)
     max_len, n_read = min(context, max(map(len, rows)) + max_tokens), 0
@@ -172,7 +174,7 @@ def generate(
             allowed = logits.masked_fill(banned, -math.inf)
             if sampling.repetition_penalty != 1:
                 allowed = sampling.penalize(allowed, seen)
-            chosen = sampling.draw(allowed, uniforms[:, step, None])
+            chosen = sampling.draw(allowed, next(uniforms).to(device))
             seen.scatter_(1, chosen, True)
             ids = chosen[:, 0].tolist()
             logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
@@ -208,10 +210,12 @@ def _check(model: GPT, rows: Sequence[Sequence[int]], max_tokens: int) -> int:
     return context
 
 
-def _uniforms(seed: int, n_rows: int, n_steps: int) -> Tensor:
-    """(B, steps) in [0, 1): each row from its own generator, on the CPU so that every device gets the same numbers."""
+def _uniforms(seed: int, n_rows: int, n_steps: int) -> Iterator[Tensor]:
+    """(B, 1) in [0, 1) a step: each row from its own generator, on the CPU so that every device gets the same numbers."""
     generators = [torch.Generator().manual_seed(key(seed + row, 0, "sample")) for row in range(n_rows)]
-    return torch.stack([torch.rand(n_steps, generator=generator) for generator in generators])
+    for start in range(0, n_steps, DRAWN):  # in portions: who sets no limit sets a billion
+        n = min(DRAWN, n_steps - start)
+        yield from torch.stack([torch.rand(n, generator=generator) for generator in generators], dim=1)[..., None]
 
 
 def _prefill(
@@ -230,7 +234,9 @@ def _prefill(
     prefix = None
     if model.config.prefix_lm:
         prefix = (torch.arange(tokens.shape[1]) < torch.tensor(n_prompt)[:, None]).to(lengths.device)
-    features = model.features(tokens.to(lengths.device), cache=cache, prefix=prefix)  # (B, T, C)
+    slots = n_read + torch.arange(tokens.shape[1], device=lengths.device)
+    at = slots.minimum(lengths[:, None] - 1)  # padding goes no further
+    features = model.features(tokens.to(lengths.device), at, cache=cache, prefix=prefix)  # (B, T, C)
     cache.rewind(lengths)  # what the padding wrote is forgotten
     last = features[torch.arange(len(rows), device=lengths.device), lengths - 1 - n_read]
     return model.logits(last).float()

@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
 
     console = Console()
     if args.verb == "gguf":
+        if args.out.suffix != ".gguf" or (args.out.exists() and not args.out.is_file()):
+            raise ValueError(f"{str(args.out)!r} is no file whose name ends in .gguf; nothing else is overwritten")
         path, described = run.resolve(args.source)
         model, tokenizer = hf.load(path)
         notes = gguf.write(args.out, model.config, model.state_dict(), tokenizer, args.dtype)
@@ -77,6 +79,7 @@ from gpt.tokenizer import Tokenizer  # noqa: E402
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BASE = "base.json"  # of an adapter: its settings, and which base they are for
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # what a tokenizer is read from
 ENOUGH = 8  # names in an error
 
 
@@ -121,6 +124,9 @@ def load(path: Path) -> tuple[GPT, Tokenizer]:
     if (path / checkpoint.MANIFEST).exists():
         checkpoint.verify(path)
     family, config = _read_config(path)
+    for file in path.iterdir():
+        if file.is_symlink() and file.suffix in TEXTS:  # a chat template would carry it into what is written next
+            _plain(file)
     tokenizer = Tokenizer.load(path)
     if config.vocab_size is None or tokenizer.size > config.vocab_size:
         raise ValueError(
@@ -129,6 +135,13 @@ def load(path: Path) -> tuple[GPT, Tokenizer]:
     found = _stored(path, family)
     if config.n_layer > len(found):  # a wild number would keep us building blocks for ever
         raise ValueError(f"{path}: config.json says {config.n_layer} layers, and there are {len(found)} tensors in all")
+    # The same of sizes, each of which some tensor has: tables of positions are made before the shapes are compared.
+    longest = max((size for entry in found.values() for size in entry.shape), default=0)
+    heads, buckets = config.n_head * config.d_head, config.relative_buckets if config.position == "relative" else 0
+    sizes = {"vocab_size": config.vocab_size, "d_model": config.d_model, "d_ff": config.d_hidden, "heads": heads}
+    sizes["relative_buckets"] = buckets
+    if wild := [f"{name} {size}" for name, size in sizes.items() if size > longest]:
+        raise ValueError(f"{path}: config.json asks for {', '.join(wild)}, and no tensor is longer than {longest}")
     model = _shapes(config)
     names = model.state_dict()
     places = families.places(family, config, names)
@@ -402,9 +415,10 @@ def _plain(file: Path) -> Path:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    data = _plain(file).read_bytes()
     try:
-        value = json.loads(_plain(file).read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors, that of long numbers too
         raise CorruptError(f"{file}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise CorruptError(f"{file}: expected a JSON object, got {type(value).__name__}")

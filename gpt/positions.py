@@ -156,17 +156,26 @@ class Rotary(Position):
 
     def angles(self, at: At) -> Angles:
         cos, sin = self.cos, self.sin
-        if self.grows and at.total > self.original:
-            cos, sin = (table.to(cos.device) for table in self.tables(at.total, at.total))
+        grown = self.grows and at.total > self.original
         if at.positions is None:
+            if grown:
+                cos, sin = (table.to(cos.device) for table in self.tables(at.total, at.total))
             return at.of(cos), at.of(sin)
+        if grown:  # each row by the furthest that it has come itself, whatever stands beside it
+            totals = at.positions.amax(dim=-1, keepdim=True) + 1
+            frequencies, _ = rope_frequencies(self.rotary_dim, self.theta, self.scaling, self.max_seq_len, totals)
+            turns = (at.positions[..., None].float() * frequencies[:, None]).repeat(1, 1, 2)
+            return turns.cos()[:, None], turns.sin()[:, None]
         return at.of(cos)[:, None], at.of(sin)[:, None]
 
 
 def rope_frequencies(
-    rotary_dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int, total: int
+    rotary_dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int, total: int | Tensor
 ) -> tuple[Tensor, float]:
-    """(angle per position of each pair (rotary_dim / 2,) fp32, factor of cosines and sines) in a sequence of `total`."""
+    """(angle per position of each pair (rotary_dim / 2,) fp32, factor of cosines and sines) in a sequence of `total`.
+
+    Where `total` is (B, 1), of dynamic scaling, the angles are (B, rotary_dim / 2).
+    """
     exponents = torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim
     wavelengths = theta**exponents  # over 2 pi
     plain = 1.0 / wavelengths
@@ -176,7 +185,11 @@ def rope_frequencies(
         return plain / scaling.factor, 1.0
     if scaling.kind == "dynamic":
         original = scaling.original_max_seq_len or max_seq_len
-        longest = torch.tensor(total) if total > original else original  # fp32 where it grows, as in transformers
+        longest: Tensor | int
+        if isinstance(total, Tensor):
+            longest, exponents = total.clamp(min=original), exponents.to(total.device)
+        else:
+            longest = torch.tensor(total) if total > original else original  # fp32 where it grows, as in transformers
         stretch = scaling.factor * longest / original - (scaling.factor - 1)
         return 1.0 / (theta * stretch ** (rotary_dim / (rotary_dim - 2))) ** exponents, 1.0
     if scaling.kind == "llama3":

@@ -104,7 +104,7 @@ class Tokenizer:
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
             value = config.get(key)
             name = value.get("content") if isinstance(value, dict) else value
-            if name is not None and name not in self.vocab:
+            if name is not None and not (isinstance(name, str) and name in self.vocab):
                 raise ValueError(f"{self._where}: {key} {name!r} of tokenizer_config.json is not in the vocabulary")
             names[key] = name
         fallback = END if END in self.vocab else None

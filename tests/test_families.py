@@ -113,6 +113,7 @@ MATRIX = {
         NANOCHAT,
         LLAMA_SHAPE | {"attention_bias": True, "final_logit_softcapping": None, "tie_word_embeddings": True} | rope(),
     ),
+    "NanoChat, YaRN": Case(NANOCHAT, LLAMA_SHAPE | rope("yarn", factor=4.0, original_max_position_embeddings=12)),
 }
 every = pytest.mark.parametrize("name", MATRIX)
 
@@ -288,6 +289,28 @@ def test_our_export_loads_in_transformers_with_nothing_missing_or_unexpected(pai
     assert type(theirs).__name__ == (MATRIX[name].architecture or type(pair.theirs).__name__)
     with torch.inference_mode():
         torch.testing.assert_close(theirs.eval()(tokens()).logits, pair.ours(tokens()), atol=1e-4, rtol=0)
+
+
+def test_a_class_that_normalizes_after_turning_does_not_stand_for_yarns_factor() -> None:
+    shape = {"norm_gain": False, "embed_norm": True, "mlp": "relu2", "vocab_size": VOCAB, "max_seq_len": 48}
+    yarn = {"kind": "yarn", "factor": 4.0}
+    assert families.family_of(ModelConfig(**shape, rope_scaling=yarn)) is None
+    found = families.family_of(ModelConfig(**shape, rope_scaling=yarn | {"attention_factor": 1.0}))
+    assert found is not None and found.architecture == "NanoChatForCausalLM"
+
+
+@pytest.mark.parametrize("max_seq_len", [48, 4096])  # the second is what a file that leaves it out would mean
+def test_dynamic_angles_that_begin_to_grow_past_the_context_come_back_so(max_seq_len: int) -> None:
+    config = ModelConfig(
+        vocab_size=VOCAB, max_seq_len=max_seq_len, qk_norm=False, rope_scaling={"kind": "dynamic", "factor": 2.0}
+    )
+    family = families.family_of(config)
+    back = (
+        families.read_ours(families.write_ours(config))
+        if family is None
+        else families.read(family, families.write(family, config))
+    )
+    assert (back.rope_scaling.original_max_seq_len or back.max_seq_len) == max_seq_len
 
 
 def test_every_family_stands_in_the_matrix() -> None:

@@ -179,6 +179,17 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model: GPT, sampling: Samp
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_rows_of_unequal_prompts_are_each_as_alone_in_every_kind_of_decoder(name: str) -> None:
+    model = build(**(VARIANTS[name] | {"init_std": 0.2}))
+    prompts = [[1], [1, *range(2, 22)], [1, 40, 3]]
+    together = run(model, prompts, max_tokens=20)
+    for index, prompt in enumerate(prompts):
+        alone = run(model, [prompt], max_tokens=20)
+        assert row(together, index) == row(alone)
+        assert [c.logprobs[index] for c in together] == pytest.approx([c.logprobs[0] for c in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_kind_of_decoder_decodes_as_in_the_full_forward(name: str) -> None:
     model = build(**(VARIANTS[name] | {"init_std": 0.2}))
     n_prefix = 4 if model.config.prefix_lm else 0
@@ -213,6 +224,17 @@ def test_a_prefix_lm_keeps_what_is_left_of_the_prompt_when_the_context_is_full()
         expected += slow_greedy(model, window, 1, n_prefix)[0]
         window.append(expected[-1])
     assert row(run(model, [[1, 5, 9, 4, 3, 2]], max_tokens=15)) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1e-40), Sampling(repetition_penalty=1e-40)], ids=str)
+def test_extreme_rules_still_draw_a_token(model: GPT, sampling: Sampling) -> None:
+    assert all(0 <= token < 64 for token in row(run(model, [[1, 5]], sampling)))
+
+
+def test_a_limit_that_is_none_takes_no_memory(model: GPT) -> None:
+    columns = generate(model, [[1, 5]], Sampling(), 10**15, seed=0, n_tokens_valid=64, stop_ids=())
+    assert [next(columns).ids[0] for _ in range(20)] == row(run(model, [[1, 5]], Sampling(), 20, seed=0))
+    columns.close()
 
 
 def test_top_k_one_is_greedy(model: GPT) -> None:

@@ -1,6 +1,7 @@
 """Model directories: what transformers writes loads here and back; what we lack is refused by name."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -337,6 +338,39 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path: Path, 
     assert "mis-shaped: model.layers.0.input_layernorm.weight (47,), expected (48,)" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"head_dim": 1 << 31},  # a table of positions of 600 GB
+        {"head_dim": 10**60},
+        {"hidden_size": 10**60},
+        {"num_attention_heads": 10**60},
+        {"intermediate_size": 1 << 62},
+        {"vocab_size": 1 << 62},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None, "rope_theta": None}
+        | {"max_position_embeddings": 10**400},
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": {}, "n_layer": 1, "n_head": 1}
+        | {"n_positions": 8},
+    ],
+    ids=str,
+)
+def test_wild_sizes_are_refused_before_anything_is_made_for_them(
+    tmp_path: Path, tokenizer: Tokenizer, change: dict[str, Any]
+) -> None:
+    write_ours(tmp_path, tokenizer, qk_norm=False)
+    raw = json.loads((tmp_path / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(ValueError, match=r"no tensor is longer|does not describe a model"):
+        hf.load(tmp_path)
+
+
+def test_a_number_too_long_to_read_names_its_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_ours(tmp_path, tokenizer)
+    (tmp_path / "config.json").write_text('{"a": 1' + "0" * 5000 + "}")
+    with pytest.raises(CorruptError, match=r"config\.json: not JSON"):
+        hf.load(tmp_path)
+
+
 def test_a_head_that_is_not_the_tied_embedding_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_ours(tmp_path, tokenizer, tie_embeddings=False)
     edit(tmp_path, tie_word_embeddings=True)
@@ -369,9 +403,12 @@ def test_a_missing_file_is_named(tmp_path: Path, tokenizer: Tokenizer, name: str
         hf.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
 def test_a_link_is_not_followed(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     write_ours(tmp_path / "model", tokenizer)
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "model" / name).rename(tmp_path / name)
     (tmp_path / "model" / name).symlink_to(tmp_path / name)
     with pytest.raises(ValueError, match="symbolic link"):
@@ -577,6 +614,17 @@ def test_gguf_writes_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     done = run_verb("gguf", str(tmp_path / "a"), str(tmp_path / "a.gguf"), "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize("name", ["a/model.safetensors", "pipe.gguf", "directory.gguf", "a", "."])
+def test_gguf_overwrites_nothing_but_a_file_of_its_kind(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    write_ours(tmp_path / "a", tokenizer, qk_norm=False)
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "directory.gguf").mkdir()
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    done = run_verb("gguf", str(tmp_path / "a"), str(tmp_path / name))
+    assert done.returncode == 2 and "nothing else is overwritten" in done.stderr
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before and (tmp_path / "pipe.gguf").is_fifo()
 
 
 def test_loaded_weights_do_not_stand_on_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -70,7 +70,7 @@ def test_logits_depend_on_the_tokens_within_reach_and_on_no_other(model: GPT, to
     moved, within = changed(model, tokens(1, 12)), reach(model.config, 12)
     assert within.tril().equal(within)
     assert moved[within].min() > 1e-3
-    assert moved[~within].max() < 2e-6  # the rest is the rounding of a batch of another size
+    assert moved[~within].max() < 1e-5  # the rest is the rounding of a batch of another size
 
 
 @pytest.mark.parametrize("kind", ["rotary", "learned", "sinusoidal", "relative", "none"])
@@ -84,7 +84,7 @@ def test_tokens_of_a_prefix_see_each_other_both_ways(
     moved, within = changed(model, tokens(1, 12), prefix), reach(model.config, 12, prefix=5)
     assert within[:5, :5].all() and within.sum() > reach(model.config, 12).sum()
     assert moved[within].min() > 1e-3
-    assert moved[~within].max() < 2e-6
+    assert moved[~within].max() < 1e-5
 
 
 @torch.inference_mode()

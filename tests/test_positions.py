@@ -156,6 +156,16 @@ def test_dynamic_scaling_begins_where_the_original_context_ends() -> None:
 
 
 @torch.inference_mode()
+def test_dynamic_angles_of_a_packed_row_follow_its_longest_document(build: Build, tokens: Tokens) -> None:
+    scaling = {"kind": "dynamic", "factor": 2.0, "original_max_seq_len": 16}
+    model, x = build(max_seq_len=64, rope_scaling=scaling), tokens(1, 24)
+    positions = torch.cat([torch.arange(12), torch.arange(12)])[None]
+    packed = model(x, positions, (torch.arange(24) >= 12).long()[None])
+    apart = torch.cat([model(part) for part in x.split(12, dim=1)], dim=1)
+    torch.testing.assert_close(packed, apart, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
 def test_keys_cached_beyond_the_original_context_keep_their_angles_as_in_transformers(
     build: Build, tokens: Tokens
 ) -> None:

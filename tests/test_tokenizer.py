@@ -325,6 +325,12 @@ def test_a_control_token_that_is_not_there_is_refused(tmp_path: Path, bpe: Token
         Tokenizer.load(write(tmp_path, raw_of(bpe), {"bos_token": "<s>"}))
 
 
+@pytest.mark.parametrize("name", [[], {"content": ["a"]}, 0], ids=str)
+def test_a_control_token_that_is_no_text_is_refused(tmp_path: Path, bpe: Tokenizer, name: Any) -> None:
+    with pytest.raises(ValueError, match=r"bos_token .* of tokenizer_config.json is not in the vocabulary"):
+        Tokenizer.load(write(tmp_path, raw_of(bpe), {"bos_token": name}))
+
+
 def test_a_place_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
         Tokenizer.load(tmp_path)

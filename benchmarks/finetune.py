@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-RANK = 16
+RANK = 8
 SIDES = ("everything, ours", "everything, Trainer fp32", "everything, Trainer bf16", "LoRA, ours", "LoRA, peft fp32",
          "LoRA, peft bf16")  # fmt: skip
 

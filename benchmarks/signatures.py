@@ -29,12 +29,13 @@ from gpt import chat, config, hf  # noqa: E402
 from gpt.conversations import Conversation  # noqa: E402
 from gpt.data import DataConfig, open_data  # noqa: E402
 from gpt.evaluate import EvalConfig, evaluate, views  # noqa: E402
+from gpt.generate import Sampling, complete  # noqa: E402
 from gpt.loss import NextToken  # noqa: E402
 from gpt.run import resolve  # noqa: E402
-from gpt.tasks import greedy  # noqa: E402
 from gpt.trainer import TrainConfig  # noqa: E402
 
 HELD_OUT = 300
+ANSWERING = Sampling(temperature=0, repetition_penalty=1.1)  # a small model repeats itself without the second
 REPLAY = 0.5  # of what is read, by tokens
 BASE = ["name=base", "model.d_model=384", "model.n_layer=6", "model.n_head=6", "model.n_kv_head=2", "data.seq_len=256",
         "train.batch_tokens=4096", "train.time=14m"]  # fmt: skip
@@ -104,7 +105,9 @@ def scores(source: Path, held_out: list[tuple[str, str]], pretraining: Path) -> 
     asked = [
         chat.encode(tokenizer, Conversation(({"role": "user", "content": doc},)), reply=True).ids for doc, _ in held_out
     ]
-    replies = greedy(model, tokenizer, asked, 64, (), chat.reply_ends(tokenizer), batch_tokens=8192)
+    replies, ends = [""] * len(asked), chat.reply_ends(tokenizer)
+    for event in complete(model, tokenizer, asked, ANSWERING, 64, seed=1, stop_ids=ends, banned_ids=()):
+        replies[event.row] += event.text
     result = evaluate(
         NextToken(model), views(open_data(DataConfig(path=str(pretraining)))), EvalConfig(tokens=100_000), tokenizer,
         seq_len=model.config.max_seq_len or 0, batch_rows=16, device="cpu", dtype="float32",

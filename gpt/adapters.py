@@ -29,8 +29,8 @@ class AdapterConfig(Settings):
     """What is trained beside a frozen base."""
 
     kind: Literal["lora", "dora"] = Field("lora", description="dora: the rows' lengths are trained apart")
-    rank: int = Field(16, ge=1, le=1 << 16, description="columns of the two thin matrices")
-    alpha: float = Field(32.0, gt=0, description="what they add is multiplied by alpha / rank")
+    rank: int = Field(8, ge=1, le=1 << 16, description="columns of the two thin matrices")
+    alpha: float = Field(16.0, gt=0, description="what they add is multiplied by alpha / rank")
     rslora: bool = Field(False, description="by alpha / sqrt(rank) instead, so that a large rank learns as fast")
     targets: Literal["all"] | Annotated[tuple[str, ...], Field(strict=False)] = Field(
         "all", description="names of linears, such as [q_proj, v_proj]; all: every one in the blocks"

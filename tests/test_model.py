@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,10 @@ def changed(model: GPT, x: Tensor, prefix: Tensor | None = None) -> Tensor:
 @torch.inference_mode()
 def test_logits_depend_on_the_tokens_within_reach_and_on_no_other(model: GPT, tokens: Tokens) -> None:
     """Causality, and every past token matters: within the window of each layer, added up."""
-    moved, within = changed(model, tokens(1, 12)), reach(model.config, 12)
+    moved, within = changed(deepcopy(model).double(), tokens(1, 12)), reach(model.config, 12)
     assert within.tril().equal(within)
     assert moved[within].min() > 1e-3
-    assert moved[~within].max() < 1e-5  # the rest is the rounding of a batch of another size
+    assert moved[~within].max() < 1e-6  # a batch of another size is rounded otherwise
 
 
 @pytest.mark.parametrize("kind", ["rotary", "learned", "sinusoidal", "relative", "none"])
@@ -81,10 +82,10 @@ def test_tokens_of_a_prefix_see_each_other_both_ways(
 ) -> None:
     model = build(prefix_lm=True, position=kind, window=window)
     prefix = (torch.arange(12) < 5)[None]
-    moved, within = changed(model, tokens(1, 12), prefix), reach(model.config, 12, prefix=5)
+    moved, within = changed(deepcopy(model).double(), tokens(1, 12), prefix), reach(model.config, 12, prefix=5)
     assert within[:5, :5].all() and within.sum() > reach(model.config, 12).sum()
     assert moved[within].min() > 1e-3
-    assert moved[~within].max() < 1e-5
+    assert moved[~within].max() < 1e-6
 
 
 @torch.inference_mode()

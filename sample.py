@@ -179,13 +179,19 @@ def talk(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None
     terminal = sys.stdin.isatty()
     if terminal:
         note(CHAT_HELP)
-    messages: list[Message] = [{"role": "system", "content": args.system}] if args.system is not None else []
+    messages: list[Message] = []
+    if args.system is not None:
+        messages = [{"role": "system", "content": decode(os.fsencode(args.system), "--system")}]
     past = Past()
     while True:
         try:
             line = input("> " if terminal else "")
+            line.encode()  # half a character is left alone in it where the line was not UTF-8
         except EOFError:
             return
+        except UnicodeError:
+            note("error: this line is not UTF-8 and was left out; type it again")
+            continue
         signals.check()
         if line.strip() in ("/quit", "/exit"):
             return

@@ -10,8 +10,9 @@ from gpt.adapters import AdapterConfig
 from gpt.data import open_data
 from gpt.memory import Need, Setting
 from gpt.model import ModelConfig
+from gpt.quantize import GROUP
 from gpt.run import resolve
-from gpt.settle import TrainConfig
+from gpt.settle import TrainConfig, row_length
 
 GB = 1e9
 BASES: tuple[Literal["fp32", "bf16", "int8", "int4"], ...] = ("fp32", "bf16", "int8", "int4")
@@ -52,8 +53,9 @@ def blocks(config: TrainConfig, size: int | None) -> Iterator[page.Block]:
         dtype=dtype,
         optim=config.optim,
         documents=config.data.document_mask,
+        objective=config.objective,
     )
-    yield page.Heading(f"{config.name}: {rows} x {config.data.seq_len:,} tokens at a time, {dtype} on {device}")
+    yield page.Heading(f"{config.name}: {rows} x {row_length(config):,} tokens at a time, {dtype} on {device}")
     yield page.Note(source)
     counts = memory.parameters(
         shape, replace(setting, adapter=(config.adapter or AdapterConfig()).model_copy(update={"base_dtype": "fp32"}))
@@ -66,6 +68,10 @@ def blocks(config: TrainConfig, size: int | None) -> Iterator[page.Block]:
         f"GB = 1e9 bytes. fits: total is at most {room / GB:.1f} GB, that is {size / GB:.1f} GB less {memory.SPARE:.0%} for "
         "what no tensor of the run holds. work: logits, and the gradients of one block, for a moment."
     )
+    if not _grouped(shape):
+        yield page.Note(
+            f"no base in int4: it groups columns by {GROUP}, which does not divide the widths of this model"
+        )
     for what in ("everything", "adapter"):
         yield page.Note(_advice(what, [way for way in ways if way.cells[0] == what], room, rows))
 
@@ -109,7 +115,8 @@ def _ways(config: TrainConfig, shape: ModelConfig, setting: Setting) -> Iterator
     """Every way, those that change the fewest numbers first: checkpointing changes none, 8 bits and a smaller base do."""
     adapter = config.adapter or AdapterConfig()
     states = STATES if config.optim.kind == "adamw" else ("fp32",)
-    for base, state, kept in product((None, *BASES), states, KEPT):
+    bases = BASES if _grouped(shape) else BASES[:-1]
+    for base, state, kept in product((None, *bases), states, KEPT):
         optim = config.optim.model_copy(update={"state": state})
         wanted = replace(setting, optim=optim, checkpointing=kept)
         settings = [f"train.checkpointing={kept}", f"optim.state={state}"]
@@ -120,6 +127,11 @@ def _ways(config: TrainConfig, shape: ModelConfig, setting: Setting) -> Iterator
             wanted = replace(wanted, adapter=adapter.model_copy(update={"base_dtype": base}))
             settings.append(f"adapter.base_dtype={base}")
             yield Way(("adapter", base, kept, state), settings, memory.need(shape, wanted))
+
+
+def _grouped(shape: ModelConfig) -> bool:
+    """Whether int4 can group the columns of every matrix of the blocks."""
+    return not any(width % GROUP for width in (shape.d_model, shape.n_head * shape.d_head, shape.d_hidden))
 
 
 def _table(ways: list[Way], room: float) -> page.Table:

@@ -150,7 +150,7 @@ def _render(tokenizer: Tokenizer, conversation: Conversation, now: datetime) -> 
     texts = json.dumps([messages, conversation.tools], ensure_ascii=False)
     speech = _speech(tokenizer, FIRST_MARK)
     if speech.pieces.search(texts):
-        used, n = set(texts), len(speech.ids)
+        used, n = {*texts, *_source(tokenizer)}, len(speech.ids)  # a template's marks avoid what it holds itself
         starts = range(FIRST_MARK, LAST_MARK - 2 * n, n)
         free = (start for start in starts if used.isdisjoint(map(chr, range(start, start + 2 * n))))
         first = next(free, None)

@@ -14,6 +14,7 @@ from gpt.formats import BadRecord
 ROLES = ("system", "user", "assistant", "tool")
 ALIASES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 SHAPES = "messages, conversations, prompt with completion, or instruction with output"
+MAX_LEVELS = 64  # of lists and objects in one another: how many Python can follow depends on who asks
 Message = dict[str, Any]
 
 
@@ -103,9 +104,10 @@ def _answered(prompt: Sequence[Message], answer: Any, name: str) -> list[Message
                 "an answer, and no prompt before it; expected a field prompt, or messages from the first on"
             )
         return [*prompt, *messages]
+    if not any(message["role"] == "system" for message in messages):
+        messages = [*(message for message in prompt if message["role"] == "system"), *messages]
     asked = _asked(messages)
-    bare = [message for message in prompt if message["role"] != "system"]
-    if any(message not in asked for message in bare):
+    if any(message not in asked for message in prompt):
         raise BadRecord("it is a whole conversation, and the record's prompt is not in it: prompts must be equal")
     return messages
 
@@ -238,6 +240,7 @@ def _call(call: Any) -> Message:
             arguments = None
     if not isinstance(arguments, Mapping):
         raise BadRecord(f"the arguments of tool call {function['name']!r} are no JSON object")
+    _check_levels(arguments, f"the arguments of tool call {function['name']!r}")
     seal = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**seal, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -252,7 +255,19 @@ def _tools(fields: Mapping[str, Any]) -> tuple[Message, ...]:
             raise BadRecord("field 'tools' is text, and no JSON") from None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRecord("field 'tools' is no list of objects")
+    _check_levels(tools, "field 'tools'")
     return tuple(tools)
+
+
+def _check_levels(value: Any, what: str) -> None:
+    """BadRecord for values that are nested more deeply than anything that is meant."""
+
+    def deeper(value: Any, levels: int) -> bool:
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        return levels < 0 or any(deeper(each, levels - 1) for each in inside if isinstance(each, Mapping | list))
+
+    if deeper(value, MAX_LEVELS):
+        raise BadRecord(f"{what}: nested more than {MAX_LEVELS} levels deep")
 
 
 def _checked(messages: Sequence[Message], tools: tuple[Message, ...]) -> Conversation:
@@ -294,10 +309,7 @@ def _conversation(values: Mapping[str, Any]) -> Conversation:
 
 
 def _compact(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))  # in the order given: templates show it
-    except RecursionError:
-        raise BadRecord("its values are nested too deeply") from None
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))  # in the order given: templates show it
 
 
 def plain(what: Conversation | Pair, *, roles: bool = False) -> str:

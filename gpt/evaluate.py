@@ -12,15 +12,9 @@ import json
 import sys
 
 from gpt import signals
+from gpt.signals import at_least
 
 SOURCE_HELP = "a run, RUN@STEP|best|last, a checkpoint, a Hugging Face model directory, or hub:ORG/NAME[@REVISION]"
-
-
-def at_least_one(text: str) -> int:
-    """A whole number from 1 on, for flags."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got '{text}'")
-    return int(text)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -28,7 +22,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gpt.evaluate", description=__doc__, formatter_class=kind, allow_abbrev=False
     )
-    add, count = parser.add_argument, at_least_one
+    add, count = parser.add_argument, at_least(1)
     add("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     text = "text to score, of any kind that can be prepared: files, directories, globs; without it and --tasks a run is"
     add("--text", nargs="+", default=[], metavar="FILE", help=f"{text} scored on its own validation split")
@@ -48,8 +42,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.tasks and (args.chat or args.stop is not None):
         parser.error("--chat and --stop are about questions; name some with --tasks")
-    if not args.tasks and not args.text and (args.limit or args.context):
-        parser.error("--limit and --context are about --text and --tasks; a run's own split is read as in training")
+    if args.context and not args.text:
+        parser.error("--context is about --text; a run's own split is read as in training, and a question as it fits")
+    if args.limit and not args.tasks and not args.text:
+        parser.error("--limit is about --text and --tasks; a run's own split is read as in training")
     return args
 
 
@@ -78,7 +74,7 @@ def main(argv: list[str]) -> None:
         say(described)
         reports.append(evaluate.report(source, path, read, asked, how, device=device, context=args.context, cut=cut))
     if args.json:
-        sys.stdout.write(json.dumps(evaluate.as_json(reports), ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(evaluate.as_json(reports), allow_nan=False) + "\n")
         return
     console = Console()
     for block in evaluate.blocks(reports):
@@ -286,6 +282,7 @@ class Reading:
     n_documents: int
     n_tokens: int
     context: int
+    document_mask: bool  # whether a document is read without those before it
     sources: dict[str, float] = field(default_factory=dict)  # bits per byte, where there are several
 
 
@@ -396,6 +393,7 @@ def _reading(
         n_documents=sum(len(_starts(tokens, each[part])) for part, tokens in parts.items()),
         n_tokens=n_tokens,
         context=seq_len,
+        document_mask=document_mask,
         sources=result.sources if len(result.sources) > 1 else {},
     )
 
@@ -425,10 +423,8 @@ def _words(parts: Mapping[str, Tokens], max_tokens: int | None, tokenizer: Token
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
     """What `blocks` shows and the numbers behind it, as plain JSON values; what is not finite is null."""
 
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(inner) for key, inner in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+    def finite(reading: Reading) -> Any:
+        return json.loads(json.dumps(asdict(reading)), parse_constant=lambda name: None)
 
     return {
         "sources": [
@@ -436,7 +432,7 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
                 "source": report.source,
                 "path": str(report.path),
                 "tokenizer": report.tokenizer,
-                "texts": [finite(asdict(reading)) for reading in report.texts],
+                "texts": [finite(reading) for reading in report.texts],
                 "tasks": [
                     {"name": name, "kind": result.kind, "n": result.n, "n_cut": result.n_cut}
                     | {name: {"value": m.value, "stderr": m.stderr} for name, m in result.measures.items()}
@@ -490,8 +486,11 @@ def _caveats(reports: Sequence[Report]) -> Iterator[str]:
         windows = {report.source: report.texts[0].context for report in reports}
         if len(set(windows.values())) > 1:
             shown = ", ".join(f"{source} {n:,}" for source, n in windows.items())
-            yield f"The windows differ (tokens: {shown}): a longer one knows more; --context makes them equal."
-        if len({reading.name for report in reports for reading in report.texts[:1]}) > 1:
+            yield f"The windows differ (tokens: {shown}): a longer one knows more; --text with --context makes them equal."
+        apart = [report.source for report in reports if report.texts[0].document_mask]
+        if 0 < len(apart) < len(reports) and any(reading.n_documents > 1 for reading in reports[0].texts):
+            yield f"Only {', '.join(apart)} read each document without those before it, as in training (document_mask)."
+        if len({(reading.name, reading.n_documents) for report in reports for reading in report.texts[:1]}) > 1:
             yield "Each run was scored on a validation split of its own: these numbers do not compare; --text makes them."
     for report in reports:
         for name, result in report.tasks.items():

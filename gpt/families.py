@@ -525,7 +525,9 @@ def _yarn(form: Mapping[str, Any], max_seq_len: Any) -> dict[str, Any]:
     factors = (mscale, mscale_all, form.get("factor"))
     if "attention_factor" not in form and all(value and _is_number(value) for value in factors):
         growth = 0.1 * math.log(max(form["factor"], 1))
-        form["attention_factor"] = (mscale * growth + 1) / (mscale_all * growth + 1)
+        if not (divisor := mscale_all * growth + 1):
+            raise ValueError(f"mscale_all_dim is {mscale_all!r}, which makes the scale of YaRN's attention infinite")
+        form["attention_factor"] = (mscale * growth + 1) / divisor
     if form.get("truncate", True) is True:
         form.pop("truncate", None)
     return form

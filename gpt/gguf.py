@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from gpt import durable
@@ -255,6 +256,8 @@ KNOWN = "those of DeepSeek-V3 (what this trainer learns), GPT-2, SmolLM, cl100k 
 
 def _vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> tuple[dict[str, Any], list[str]]:
     """The keys that say what the tokenizer is, and what its user should know."""
+    # As its library would write it: what that reads may also lack a type, or be a list of values without names.
+    tokenizer = Tokenizer(json.loads(Backend.from_str(json.dumps(tokenizer.raw)).to_str()), tokenizer.config)
     model = tokenizer.raw["model"]
     if model.get("type") != "BPE":
         raise ValueError(f"llama.cpp has no vocabulary of kind {model.get('type')}; it has byte pair encoding")

@@ -10,26 +10,17 @@ only directories that you trust. A task's data set is fetched by lm-eval if it i
 import argparse
 import json
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from gpt import signals
+from gpt.signals import at_least
 
 if TYPE_CHECKING:  # --help and bad flags answer before torch is loaded
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 
 EXTRA = "lm-eval is not installed ({}): pip install 'gpt-trainer[eval]'"
-
-
-def at_least(least: int) -> Any:
-    """A parser of whole numbers."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got '{text}'")
-        return int(text)
-
-    return parse
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -74,7 +65,8 @@ def main(argv: list[str]) -> None:
     )
     if args.json:
         kept = {key: results[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in results}
-        sys.stdout.write(json.dumps(kept, default=str) + "\n")
+        strict = json.loads(json.dumps(kept, default=str), parse_constant=lambda name: None)  # JSON knows no Infinity
+        sys.stdout.write(json.dumps(strict) + "\n")
     else:
         sys.stdout.write(harness.table(results))
 
@@ -88,11 +80,14 @@ from typing import NamedTuple  # noqa: E402
 
 from tokenizers import Tokenizer as Backend  # noqa: E402
 
+from gpt.durable import CorruptError  # noqa: E402
 from gpt.likelihood import log_likelihoods  # noqa: E402
 from gpt.model import GPT  # noqa: E402
 from gpt.tasks import greedy  # noqa: E402
 from gpt.tokenizer import Tokenizer  # noqa: E402
 
+# Of a task's generation_kwargs; the last four mean nothing where nothing is drawn.
+KNOWN = ("until", "max_gen_toks", "do_sample", "num_beams", "temperature", "top_k", "top_p", "min_p")
 MAX_TOKENS = 256  # lm-eval's default for what a task lets a model write
 
 
@@ -112,12 +107,23 @@ def conventions(path: Path, tokenizer: Tokenizer, start_token: bool = False) -> 
         backend = Backend.from_str(json.dumps(tokenizer.raw))
         front = [] if wanted is False else backend.encode("", add_special_tokens=True).ids
     ends = _beside(path, "generation_config.json").get("eos_token_id")
-    return Conventions(front, {tokenizer.end_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(
+            f"{path / 'generation_config.json'}: eos_token_id: expected an id or a list of ids, got {ends!r}"
+        )
+    return Conventions(front, {tokenizer.end_id, *ends})
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:
     file = path / name
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    try:
+        values = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{file}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CorruptError(f"{file}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def evaluate(
@@ -147,14 +153,22 @@ def evaluate(
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         where = f"lm-eval's own tasks{' or ' + ', '.join(include) if include else ''}"
         raise ValueError(f"--tasks {unknown[0]}: neither a task nor a group nor a tag of {where}")
-    return simple_evaluate(
-        adapter,
-        tasks=manager.match_tasks(list(names)),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-    )
+    try:
+        return simple_evaluate(
+            adapter,
+            tasks=manager.match_tasks(list(names)),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    except Exception as error:
+        inside = {Path(frame.filename).parent for frame in traceback.extract_tb(error.__traceback__)[1:]}
+        if signals.exit_code(error) != signals.BUG or Path(__file__).parent in inside:
+            raise
+        raise ValueError(
+            f"lm-eval cannot do this task: {type(error).__name__}: {error}; --debug shows where"
+        ) from error
 
 
 def table(results: dict[str, Any]) -> str:
@@ -219,6 +233,8 @@ def language_model(model: GPT, tokenizer: Tokenizer, rules: Conventions, batch_t
             max_tokens = how["max_gen_toks"]
             if how.get("do_sample") or how.get("num_beams", 1) != 1:
                 raise ValueError("the task asks for sampling or beams; only greedy decoding is compared here")
+            if unknown := [f"{name}: {value}" for name, value in how.items() if name not in KNOWN]:
+                raise ValueError(f"the task's generation_kwargs have {unknown[0]}, which is not offered here")
             if max_tokens >= context:
                 raise ValueError(
                     f"the task lets the model write {max_tokens} tokens, and its context is {context}: no room for a"

@@ -81,6 +81,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BASE = "base.json"  # of an adapter: its settings, and which base they are for
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # what a tokenizer is read from
 ENOUGH = 8  # names in an error
+MAX_ROWS = 1 << 40  # of embeddings: shapes past it have no size in bytes
 
 
 def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -124,14 +125,8 @@ def load(path: Path) -> tuple[GPT, Tokenizer]:
     if (path / checkpoint.MANIFEST).exists():
         checkpoint.verify(path)
     family, config = _read_config(path)
-    for file in path.iterdir():
-        if file.is_symlink() and file.suffix in TEXTS:  # a chat template would carry it into what is written next
-            _plain(file)
-    tokenizer = Tokenizer.load(path)
-    if config.vocab_size is None or tokenizer.size > config.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.size} ids, the model's vocab_size is {config.vocab_size}"
-        )
+    tokenizer = _tokenizer(path, config)
+    assert config.vocab_size is not None
     found = _stored(path, family)
     if config.n_layer > len(found):  # a wild number would keep us building blocks for ever
         raise ValueError(f"{path}: config.json says {config.n_layer} layers, and there are {len(found)} tensors in all")
@@ -145,8 +140,11 @@ def load(path: Path) -> tuple[GPT, Tokenizer]:
     model = _shapes(config)
     names = model.state_dict()
     places = families.places(family, config, names)
+    expected = {disk: families.pack(place, names).shape for disk, place in places.items()}
+    if config.tie_embeddings and "lm_head.weight" in found:  # the embedding once more
+        expected["lm_head.weight"] = names["lm_head.weight"].shape
+    _check_tensors(path, expected, found)
     head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
-    _check_tensors(path, {disk: families.pack(place, names).shape for disk, place in places.items()}, found)
     state: dict[str, Tensor] = {}
     for disk, tensor in tensors.read(found):
         state |= families.unpack(places[disk], tensor)
@@ -157,6 +155,19 @@ def load(path: Path) -> tuple[GPT, Tokenizer]:
                 f"{path}: lm_head.weight is not the embedding, though config.json says tie_word_embeddings"
             )
     return adopt(config, state).eval(), tokenizer
+
+
+def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer in `path`; ValueError if a link stands among its files, or if it has more ids than the model."""
+    for file in path.iterdir():
+        if file.is_symlink() and file.suffix in TEXTS:  # a chat template would carry it into what is written next
+            _plain(file)
+    tokenizer = Tokenizer.load(path)
+    if config.vocab_size is None or tokenizer.size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.size} ids, the model's vocab_size is {config.vocab_size}"
+        )
+    return tokenizer
 
 
 class _Unfilled(TorchFunctionMode):
@@ -248,16 +259,35 @@ def base_of(path: Path) -> Base:
 
 
 def _found(path: Path, told: Told) -> Path:
-    """Where the base of the adapter in `path` stands: as it is named, seen from here or from above the adapter."""
+    """Where the base of the adapter in `path` stands: as it is named, seen from above the adapter or from here.
+
+    Not from here first, where another project may have a model of the same name.
+    """
     if told.base.startswith(run.HUB):
-        return run.resolve(told.base)[0]
-    for place in (Path(), *path.absolute().parents):
-        if (place / told.base).is_dir():
-            return place / told.base
-    raise FileNotFoundError(
-        f"{path} is an adapter, and its base {told.base} is not there; put the model back, or a link to where it stands "
-        f"now (its weights have the sha256 {told.sha256[:12]})"
-    )
+        found = run.resolve(told.base)[0]
+    else:
+        places = (place / told.base for place in (*path.absolute().parents, Path()))
+        there = next((place for place in places if _is_directory(place)), None)
+        if there is None:
+            raise FileNotFoundError(
+                f"{path} is an adapter, and its base {told.base:.300} is not there; put the model back, or a link to where "
+                f"it stands now (its weights have the sha256 {told.sha256[:12]})"
+            )
+        found = there
+    if (found / run.ADAPTER).exists():  # or it would be looked for without end
+        raise ValueError(
+            f"{found}, which the adapter {path} names as its base, is an adapter itself; put the whole model with the "
+            f"sha256 {told.sha256[:12]} there again"
+        )
+    return found
+
+
+def _is_directory(place: Path) -> bool:
+    """False too for what can be no path."""
+    try:
+        return place.is_dir()
+    except OSError:
+        return False
 
 
 def _told(path: Path) -> Told:
@@ -270,7 +300,7 @@ def _told(path: Path) -> Told:
     raw = _read_json(file)
     try:
         told = Told(raw["base"], raw["sha256"], raw["vocab_size"], AdapterConfig.model_validate(raw["adapter"]))
-        if [*map(type, told[:3])] != [str, str, int]:
+        if [*map(type, told[:3])] != [str, str, int] or not 1 <= told.vocab_size <= MAX_ROWS:
             raise TypeError
     except (KeyError, TypeError, ValidationError):
         raise CorruptError(f"{file}: not what this trainer writes there; restore the adapter from a copy") from None
@@ -307,12 +337,13 @@ def _load_merged(path: Path) -> tuple[GPT, Tokenizer]:
         checkpoint.verify(path)
     told = _told(path)
     model, _ = load(base_of(path).path)
-    tokenizer = Tokenizer.load(path)
     config = model.config.model_copy(update={"vocab_size": told.vocab_size})
-    if told.vocab_size != model.config.vocab_size and not told.adapter.embeddings:
+    tokenizer = _tokenizer(path, config)
+    n_base = len(model.lm_head.weight)
+    if told.vocab_size < n_base or (told.vocab_size > n_base and not told.adapter.embeddings):
         raise CorruptError(
-            f"{path / BASE}: it says vocab_size {told.vocab_size}, and the base has {model.config.vocab_size}: only trained "
-            "embeddings could differ; restore the adapter from a copy"
+            f"{path / BASE}: it says vocab_size {told.vocab_size}, and the base has {n_base}: only trained embeddings "
+            "could bring more; restore the adapter from a copy"
         )
     found = _adapter_tensors(path, config, told.adapter)  # before room is made for anything
     if config != model.config:
@@ -321,7 +352,13 @@ def _load_merged(path: Path) -> tuple[GPT, Tokenizer]:
         quantize.quantized(model, told.adapter.base_dtype)
     adapters.put_on(model, told.adapter)
     adapters.load(model, dict(tensors.read(found)))
-    return adapters.merge(model).eval(), tokenizer
+    merged = adapters.merge(model)
+    if broken := [name for name, tensor in merged.state_dict().items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(
+            f"{path}: merged with its base, {broken[0]} holds numbers that are not finite; what was trained, or "
+            f"adapter.alpha ({told.adapter.alpha:g}), is too large: restore the adapter from a copy"
+        )
+    return merged.eval(), tokenizer
 
 
 def adopt(config: ModelConfig, state: Mapping[str, Tensor]) -> GPT:

@@ -26,6 +26,10 @@ SPLITS = {  # words in file names that mean a split, where the data set's card n
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+WORD = r"\w(?:[\w.-]*\w)?"
+REPOSITORY = re.compile(
+    rf"(?!.{{97}}|.*(?:--|\.\.|\.git$)){WORD}(?:/{WORD})?", re.ASCII
+)  # what the hub takes for a name
 SHARDED = re.compile(r"(?:.*/)?data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
 CLIENTS = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")  # packages whose errors are of the network
 SHOWN = 12  # names in an error
@@ -46,7 +50,7 @@ class Chosen:
 def parse(name: str) -> tuple[str, str | None]:
     """(ORG/NAME, revision) of ORG/NAME[@REVISION]; ValueError for anything else."""
     repository, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+    if not REPOSITORY.fullmatch(repository):
         raise ValueError(f"hub: {name!r} is no repository's name; expected ORG/NAME, as in roneneldan/TinyStories")
     return repository, revision or None
 

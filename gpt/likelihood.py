@@ -3,6 +3,7 @@
 It scores ids; what they stand for, and what a score is good for, others know.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from gpt import signals
 from gpt.model import GPT
 
+NOT_FINITE = "a log-probability is not a number: the weights give numbers that are not finite"
 CHUNK_LOGITS = 1 << 24  # held at once, in fp32: 64 MiB
 
 Pair = tuple[Sequence[int], Sequence[int]]  # a prompt, start token included where there is to be one; what follows it
@@ -29,9 +31,10 @@ class Score(NamedTuple):
 def log_likelihoods(model: GPT, pairs: Sequence[Pair], batch_tokens: int) -> list[Score]:
     """Score the second part of each pair after its first; of the model, which is in eval mode, the logits are fp32.
 
-    Equal prompts are read once, and their keys and values shared. A pair longer than the context loses the beginning of
-    its prompt. A batch holds at most about `batch_tokens` tokens, padding included, and no batch changes a score by more
-    than rounding. ValueError for a part that is empty, or a continuation longer than the context.
+    Equal prompts of a batch are read once, and their keys and values shared. A pair longer than the context loses the
+    beginning of its prompt. A batch holds at most about `batch_tokens` tokens, padding included, and no batch changes a
+    score by more than rounding. ValueError for a part that is empty, or a continuation longer than the context;
+    FloatingPointError for a score that is not a number.
     """
     assert not model.training, "scores are without dropout"
     context = model.config.max_seq_len
@@ -49,6 +52,8 @@ def log_likelihoods(model: GPT, pairs: Sequence[Pair], batch_tokens: int) -> lis
         signals.check()
         members = [i for _, group in batch for i in group]
         scores |= zip(members, _scored(model, batch, [pairs[i][1] for i in members]), strict=True)
+    if any(math.isnan(score.logprob) for score in scores.values()):
+        raise FloatingPointError(NOT_FINITE)
     return [scores[i] for i in range(len(pairs))]
 
 
@@ -58,7 +63,7 @@ def _batches(
     """Prompts of like lengths together, the longest first; the padded rows of a batch fit the context."""
     batch: Groups = []
     n_rows = n_prompt = n_more = 0
-    for prompt, group in sorted(groups.items(), key=lambda item: (-len(item[0]), item[0])):
+    for prompt, group in _parts(groups, pairs, batch_tokens):
         rows, more = n_rows + len(group), max(n_more, *(len(pairs[i][1]) for i in group))
         wide = max(n_prompt, len(prompt)) + more
         if batch and (rows * wide > batch_tokens or wide > context + 1):
@@ -68,6 +73,17 @@ def _batches(
         n_rows, n_prompt, n_more = rows, max(n_prompt, len(prompt)), more
     if batch:
         yield batch
+
+
+def _parts(
+    groups: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair], batch_tokens: int
+) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """The groups, those of the longest prompts first. What is too much for a batch comes in parts: every text of a corpus
+    may follow the start token alone."""
+    for prompt, group in sorted(groups.items(), key=lambda item: (-len(item[0]), item[0])):
+        group.sort(key=lambda i: -len(pairs[i][1]))
+        n = max(1, batch_tokens // (len(prompt) + len(pairs[group[0]][1])))
+        yield from ((prompt, group[start : start + n]) for start in range(0, len(group), n))
 
 
 def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -> list[Score]:

@@ -9,25 +9,10 @@ python -m gpt.look attention runs/quickstart --text 'def add(a, b):' --layer 2 -
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from gpt import signals
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got '{text}'")
-        return value
-
-    return parse
+from gpt.signals import at_least
 
 
 def page_file(text: str) -> Path:

@@ -7,9 +7,9 @@ are the run's, and what they hold is counted as it comes and goes. Blocks are al
 import re
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from gpt import adapters, loss, parallel, quantize, runtime
 from gpt.adapters import AdapterConfig
 from gpt.attention import Mask
-from gpt.loss import NextToken
+from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
 from gpt.model import GPT, ModelConfig
 from gpt.optim import OptimConfig, Optimizer
 
@@ -132,10 +132,15 @@ class Setting:
     adapter: AdapterConfig | None = None
     checkpointing: str = "none"
     documents: bool = False  # rows hold several, with attention inside each
+    objective: ObjectiveConfig = field(
+        default_factory=ObjectiveConfig
+    )  # of pairs: a row holds seq_len tokens of each side
 
 
 def need(config: ModelConfig, setting: Setting) -> Need:
     """Bytes that an update of a model of this shape takes, gradients of earlier micro-batches included."""
+    if _differ(setting.adapter):
+        return _measured(config, setting)
     one, two = (_measured(_shallow(config, depth), setting) for depth in (1, 2))
 
     def at_depth(name: str) -> int:
@@ -143,6 +148,12 @@ def need(config: ModelConfig, setting: Setting) -> Need:
         return first + (config.n_layer - 1) * (second - first)
 
     return replace(Need(**{part.name: at_depth(part.name) for part in fields(Need)}), work=two.work)
+
+
+def _differ(adapter: AdapterConfig | None) -> bool:
+    """Whether blocks are unlike, so that all must be gone through: a target names its layer."""
+    names = () if adapter is None or adapter.targets == "all" else adapter.targets
+    return any(part.isdecimal() for name in names for part in name.split("."))
 
 
 def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
@@ -171,8 +182,9 @@ def _measured(shape: ModelConfig, setting: Setting) -> Need:
         }
         trained = _trained(model)
         state, step = _optimizer(model, trained, setting.optim)
+        copies = 2 if setting.objective.kind == "dpo" and setting.adapter is None else 1  # the reference is one
         return Need(
-            weights=sum(held.values()),
+            weights=copies * sum(held.values()),
             gradients=sum(_bytes(parameter) for parameter in trained),
             optimizer=state,
             activations=activations,
@@ -185,18 +197,39 @@ def _measured(shape: ModelConfig, setting: Setting) -> Need:
 def _passed(shape: ModelConfig, setting: Setting) -> tuple[int, int]:
     """(bytes that wait for the backward pass, most bytes on top of them) of one forward and backward pass."""
     with FakeTensorMode(), _as_on(setting.device):
-        model = _dressed(shape, setting)
+        model = reference = _dressed(shape, setting)
+        if setting.objective.kind == "dpo" and setting.adapter is None:
+            reference = GPT(shape).eval().requires_grad_(False)
         if setting.device.startswith("cuda") and shape.position != "relative":  # a bias needs the scores
-            model.model.mask = lambda *_: Mask(flex=_fused)  # type: ignore[method-assign]
-        forward = parallel.applied(NextToken(model), compile=False, checkpointing=setting.checkpointing)
-        row = torch.zeros(setting.rows, setting.seq_len, dtype=torch.int64)
+            for each in (model, reference):
+                each.model.mask = lambda *_: Mask(flex=_fused)  # type: ignore[method-assign]
+        objective = _objective(model, reference, setting)
+        forward = parallel.applied(objective, compile=False, checkpointing=setting.checkpointing)
+        of_pairs = setting.objective.of_pairs
+        row = torch.zeros(setting.rows, setting.seq_len * (2 if of_pairs else 1), dtype=torch.int64)
         _give_gradients(_trained(model))
         with Alive() as alive:
             with runtime.autocast("cpu", setting.dtype):
-                nats = forward(*[row] * (4 if setting.documents else 2))
+                nats = forward(*[row] * (4 if setting.documents or of_pairs else 2))
             activations = alive.now
             nats.backward()
         return activations, alive.peak - activations
+
+
+def _objective(model: GPT, reference: GPT, setting: Setting) -> Objective:
+    """What is minimized, as `settle.objective` puts it around the model."""
+    if not setting.objective.of_pairs:
+        return NextToken(model)
+    if setting.objective.kind == "simpo":
+        return Preferences(model, setting.objective, None)
+    return Preferences(model, setting.objective, partial(_frozen, model, reference))
+
+
+@contextmanager
+def _frozen(model: GPT, reference: GPT) -> Iterator[GPT]:
+    """`reference`; where that is the model itself, without its adapter."""
+    with adapters.off(model) if reference is model else nullcontext():
+        yield reference
 
 
 def _optimizer(model: GPT, trained: Sequence[Tensor], config: OptimConfig) -> tuple[int, int]:
@@ -235,7 +268,8 @@ def parameters(config: ModelConfig, setting: Setting) -> dict[str, int]:
     The adapter's base is as `base_dtype` fp32 has it: with its parameters.
     """
     counts: list[dict[str, int]] = []
-    for depth in (1, 2):
+    depths = (config.n_layer,) if _differ(setting.adapter) else (1, 2)
+    for depth in depths:
         with FakeTensorMode():
             model = _dressed(_shallow(config, depth), setting)
         found = dict.fromkeys([*PARTS, "adapter"], 0)
@@ -243,7 +277,7 @@ def parameters(config: ModelConfig, setting: Setting) -> dict[str, int]:
             part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
             found["adapter" if setting.adapter and parameter.requires_grad else part] += parameter.numel()
         counts.append(found)
-    return {part: n + (config.n_layer - 1) * (counts[1][part] - n) for part, n in counts[0].items()}
+    return {part: n + (config.n_layer - depths[0]) * (counts[-1][part] - n) for part, n in counts[0].items()}
 
 
 def size(text: str) -> int:
@@ -251,5 +285,5 @@ def size(text: str) -> int:
     match = re.fullmatch(r"([\d.]+) *([KMG]I?B)", text.strip().upper())
     try:
         return int(float(match[1]) * UNITS[match[2]]) if match else int(text)
-    except ValueError:
-        raise ValueError(f"'{text}' is no size of a memory; write it like 12GB, 11.5GiB or 800MB") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"'{text:.40}' is no size of a memory; write it like 12GB, 11.5GiB or 800MB") from None

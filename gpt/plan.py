@@ -5,7 +5,7 @@ The record is written to config.yaml before the first update and obeyed on resum
 
 import re
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -198,10 +198,11 @@ def n_trained(model: GPT) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def flops_per_token(model: GPT, seq_len: int) -> float:
+def flops_per_token(model: GPT, seq_len: int, *, reference: bool = False) -> float:
     """Training FLOPs of a token: 6 a matrix parameter, 12 H D T a layer for attention (PaLM, appendix B: not causal).
 
-    T is at most the layer's sliding window. A frozen matrix takes 4: it gets no gradient of its own.
+    T is at most the layer's sliding window. A frozen matrix takes 4: it gets no gradient of its own. A reference, which
+    is only asked, takes a third of what would train it: 2 and 4.
     """
     c = model.config
     looked_up = ("model.embed_tokens", "model.position")
@@ -209,7 +210,14 @@ def flops_per_token(model: GPT, seq_len: int) -> float:
     products = [*matrices, model.lm_head.weight] if c.tie_embeddings else matrices
     seen = sum(min(c.window_of(layer) or seq_len, seq_len) for layer in range(c.n_layer))
     flops = sum((6 if p.requires_grad else 4) * p.numel() for p in products)
-    return flops + 12 * c.n_head * c.d_head * seen
+    modules: list[Any] = [*model.modules()]
+    base = sum(m.in_features * m.out_features for m in modules if hasattr(m, "stored"))  # in few bits: no parameter
+    attention = 12 * c.n_head * c.d_head * seen
+    asked = 0
+    if reference:  # without an adapter's thin matrices
+        thin = {id(p) for name, p in model.named_parameters() if ".lora_" in name}
+        asked = 2 * (base + sum(p.numel() for p in products if id(p) not in thin)) + attention // 3
+    return flops + 4 * base + attention + asked
 
 
 def peak_flops(device: str) -> float | None:

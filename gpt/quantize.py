@@ -101,9 +101,15 @@ def _linears(model: GPT) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
+def _check_groups(columns: int, kind: Kind) -> None:
+    if kind == "int4" and columns % GROUP:
+        raise ValueError(f"int4 groups columns by {GROUP}, and it has {columns}: use int8 or bf16")
+
+
 def blank(weight: Tensor, kind: Kind) -> tuple[Tensor, ...]:
-    """Tensors of the shapes that `stored` would return."""
+    """Tensors of the shapes that `stored` would return; its ValueError too."""
     N, K = weight.shape
+    _check_groups(K, kind)
     if kind == "bf16":
         return (torch.empty(N, K, dtype=torch.bfloat16),)
     codes, scales, dtype = (K, 1, torch.int8) if kind == "int8" else (K // 2, K // GROUP, torch.uint8)
@@ -114,8 +120,7 @@ def stored(weight: Tensor, kind: Kind) -> tuple[Tensor, ...]:
     """What is kept of `weight` (N, K): see SPREAD."""
     if kind == "bf16":
         return (weight.bfloat16(),)
-    if kind == "int4" and weight.shape[1] % GROUP:
-        raise ValueError(f"int4 groups columns by {GROUP}, and it has {weight.shape[1]}: use int8 or bf16")
+    _check_groups(weight.shape[1], kind)
     try:
         with runtime.hushed():
             from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_

@@ -101,7 +101,9 @@ def agree(given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data
         stored = settings.load(TrainConfig, written)
         open_model = {name: getattr(stored.model, name) for name in _filled(given)}
         asked = given.model_copy(update={"model": given.model.model_copy(update=open_model)})
-        changed = [d for d in settings.differences(stored, asked) if not d[0].startswith(FREE)]
+        # A reference is known by its fingerprint too: of a run, another checkpoint may be the best by now.
+        known = () if stored.choices is None or stored.choices.reference is None else ("init_from",)
+        changed = [d for d in settings.differences(stored, asked) if not d[0].startswith((*FREE, *known))]
         if changed:
             rows = "\n".join(f"  {name}: {old} -> {new}" for name, old, new in changed)
             raise ValueError(
@@ -374,7 +376,8 @@ def settle(
     elif choices.reference != reference:
         raise ValueError(
             f"{config.init_from} is not the model that this run compares its answers with: its weights have changed since "
-            "the run was started; restore them, or start another run with --fresh"
+            "the run was started, or another checkpoint of it is the best now; name the one of then, init_from=RUN@STEP, "
+            "restore it, or start another run with --fresh"
         )
     elif choices.attention == "flex":
         parallel.flexible(objective.model)

@@ -324,7 +324,7 @@ class Shard:
         return spans
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
+        if hasattr(self, "fd") and os is not None:  # None while the interpreter ends
             os.close(self.fd)
 
 

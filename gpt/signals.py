@@ -1,5 +1,6 @@
 """What a process owes the shell: stop requests by signal, exit codes, errors in words. Stdlib only; each verb imports it first."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DONE, BUG, USER_ERROR, NON_FINITE, NO_SPACE, PREEMPTED = 0, 1, 2, 4, 5, 75
+NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)  # the system takes them for no path at all
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 _requested: str | None = None
@@ -57,6 +59,21 @@ def check() -> None:
         raise Stopped(f"stopped by {_requested}; run the same command again to continue")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers, for flags."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got '{text}'")
+        return value
+
+    return parse
+
+
 def exit_code(error: BaseException) -> int:
     """What an error means to the shell."""
     own = getattr(type(error), "exit_code", None)
@@ -71,7 +88,8 @@ def exit_code(error: BaseException) -> int:
         return NO_SPACE  # torch on a CPU or an Apple GPU says so in words only
     if isinstance(error, FloatingPointError):
         return NON_FINITE
-    return USER_ERROR if isinstance(error, USER_ERRORS) else BUG
+    is_no_name = isinstance(error, OSError) and error.errno in NO_NAMES
+    return USER_ERROR if is_no_name or isinstance(error, USER_ERRORS) else BUG
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -107,7 +125,8 @@ def explain(error: BaseException, code: int) -> str:
     """An error for people: what happened and what to do, each further line under the first."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+        name = str(error.filename)
+        text = f"{name[:60] + '...' if error.errno == errno.ENAMETOOLONG else name}: {error.strerror}"
     if code == PREEMPTED:
         return "stopped" if isinstance(error, KeyboardInterrupt) else text
     if code == BUG:

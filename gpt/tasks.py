@@ -14,7 +14,7 @@ from gpt import chat, conversations, signals
 from gpt.conversations import Conversation
 from gpt.formats import BadRecord
 from gpt.generate import Sampling, complete
-from gpt.likelihood import log_likelihoods
+from gpt.likelihood import NOT_FINITE, log_likelihoods
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
@@ -171,8 +171,8 @@ def _chosen(answer: Any, choices: Sequence[str]) -> int:
         number = answer if type(answer) is int else -1
     if not 0 <= number < len(choices):
         raise BadRecord(
-            f"answer: expected an index from 0 to {len(choices) - 1}, a letter from A to {LETTERS[len(choices) - 1 : len(choices)]}"
-            f" or the text of a choice, got {answer!r}"
+            f"answer: expected an index from 0 to {len(choices) - 1}, a letter from A to"
+            f" {LETTERS[: len(choices)][-1]} or the text of a choice, got {answer!r}"
         )
     return number
 
@@ -198,11 +198,14 @@ def ask(model: GPT, tokenizer: Tokenizer, task: Task, how: Asking) -> Result:
 
 def _prompt(tokenizer: Tokenizer, prompt: str | Conversation, as_chat: bool) -> list[int]:
     """The ids of a prompt, start token included."""
-    if isinstance(prompt, str):
-        if not as_chat:
-            return [tokenizer.start_id, *tokenizer.encode(prompt)]
-        prompt = Conversation(({"role": "user", "content": prompt},))
-    return chat.encode(tokenizer, prompt, reply=True).ids
+    if isinstance(prompt, str) and not as_chat:
+        return [tokenizer.start_id, *tokenizer.encode(prompt)]
+    return chat.encode(tokenizer, _asked(prompt), reply=True).ids
+
+
+def _asked(prompt: str | Conversation) -> Conversation:
+    """A prompt as a conversation, as which text is a message of the user's."""
+    return Conversation(({"role": "user", "content": prompt},)) if isinstance(prompt, str) else prompt
 
 
 def _choose(model: GPT, tokenizer: Tokenizer, task: Task, how: Asking) -> Result:
@@ -210,6 +213,13 @@ def _choose(model: GPT, tokenizer: Tokenizer, task: Task, how: Asking) -> Result
     context = model.config.max_seq_len
     assert context is not None
     asked = [list(_pairs(tokenizer, item, how.chat)) for item in task.items]
+    for number, (item, pairs) in enumerate(zip(task.items, asked, strict=True), 1):
+        for choice, (_, more) in zip(item.choices, pairs, strict=True):
+            if not 0 < len(more) <= context:
+                raise ValueError(
+                    f"{task.name}: question {number}: the choice {choice[:40]!r} is {len(more)} tokens; expected at least one,"
+                    f" and at most the {context} of the model's context"
+                )
     scores = iter(log_likelihoods(model, [pair for pairs in asked for pair in pairs], how.batch_tokens))
     right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
     n_cut = 0
@@ -226,17 +236,36 @@ def _pairs(tokenizer: Tokenizer, item: Item, as_chat: bool) -> Iterator[tuple[li
     """The prompt and each choice as ids. White space between them belongs to the choice, as most vocabularies have it;
     the ids of the prompt are the same for every choice, so that only what follows them decides."""
     if not isinstance(item.prompt, str) or as_chat:
-        prompt = _prompt(tokenizer, item.prompt, as_chat)
-        yield from ((prompt, tokenizer.encode(choice.strip())) for choice in item.choices)
+        yield from _replies(tokenizer, _asked(item.prompt), [choice.strip() for choice in item.choices])
         return
     plain = item.prompt.rstrip()
     space = item.prompt[len(plain) :]
     prompt = tokenizer.encode(plain)
+    opened = [tokenizer.start_id, *prompt]
     for choice in item.choices:
         behind = (space or ("" if choice[0].isspace() else item.delimiter)) + choice
         joined = tokenizer.encode(plain + behind)
         apart = joined[: len(prompt)] != prompt or len(joined) == len(prompt)
-        yield [tokenizer.start_id, *prompt], tokenizer.encode(behind) if apart else joined[len(prompt) :]
+        yield opened, tokenizer.encode(behind) if apart else joined[len(prompt) :]
+
+
+def _replies(
+    tokenizer: Tokenizer, asked: Conversation, choices: Sequence[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The choices as the template has them for replies, space before them and an empty thought included, without what ends
+    them; as text behind the prompt where it does not show for certain where a reply stands."""
+    replies = ({"role": "assistant", "content": choice} for choice in choices)
+    try:
+        wholes = [chat.encode(tokenizer, Conversation((*asked.messages, reply), asked.tools)) for reply in replies]
+    except ValueError:
+        prompt = chat.encode(tokenizer, asked, reply=True).ids  # which says what is wrong where it is the template
+        yield from ((prompt, tokenizer.encode(choice)) for choice in choices)
+        return
+    ends = [len(whole.mask) - 1 - whole.mask[::-1].index(True) for whole in wholes]
+    begins = [end - whole.mask[end::-1].index(False) + 1 for end, whole in zip(ends, wholes, strict=True)]
+    first = min(begins)  # a choice may join the last token before it
+    prompt = wholes[0].ids[:first]
+    yield from ((prompt, whole.ids[first:end]) for end, whole in zip(ends, wholes, strict=True))
 
 
 def _write(model: GPT, tokenizer: Tokenizer, task: Task, how: Asking) -> Result:
@@ -282,6 +311,8 @@ def greedy(
         )
         for event in written:
             signals.check()
+            if math.isnan(event.logprob):
+                raise FloatingPointError(NOT_FINITE)
             texts[batch[event.row]] += event.text
     return texts
 

@@ -7,7 +7,7 @@ the template cuts and joins them. It knows neither tokenizers nor ids.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import datetime
 from functools import wraps
 from typing import Any, NoReturn
@@ -17,17 +17,20 @@ from jinja2 import Template as Compiled
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.tests import TESTS
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 FIRST_MARK, LAST_MARK = 0xF0000, 0xFFFFD  # Unicode's private use: of no meaning to anyone
 BUDGET = "the budget"  # the name of a variable that no template can write
 BASE_WORK, WORK_PER_CHARACTER = 1_000_000, 100  # steps and characters handled
-MAX_SOURCE = 1 << 20
+MAX_SOURCE = 1 << 17  # characters; published ones have some 20,000, and compiling takes 1.5 kB of memory for each
 
-PLAIN = (str, bytes, list, tuple, dict, set, range, int, float)
+VIEWS = (KeysView, ValuesView, ItemsView)  # which are written with all that their dictionary holds
+SIZED = (str, bytes, list, tuple, dict, set, range)
+PLAIN = (*SIZED, int, float)
 _METHODS = """
     capitalize casefold count endswith find format get index isalnum isalpha isascii isdecimal isdigit islower isnumeric
     isspace istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex
@@ -43,7 +46,17 @@ _FILTERS = """
     list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort string sum title trim
     unique upper
 """
+# Tests that look at all of what they are given.
+_READS = "!= < <= == > >= divisibleby eq equalto even ge greaterthan gt in le lessthan lower lt ne odd upper"
+# Filters that look through all of a list, and those that hand on what is inside of what they are given.
+_WHOLE = "join list max min sort sum unique reverse batch slice groupby"
+_HANDED = "batch count d default first items last length list map reject rejectattr reverse select selectattr slice"
 METHODS, SEARCHES, OFFERED = (frozenset(names.split()) for names in (_METHODS, _SEARCHES, _FILTERS))
+READS, WHOLE, HANDED = (frozenset(names.split()) for names in (_READS, _WHOLE, _HANDED))
+# Where among the arguments of a filter the name of an attribute stands.
+BY_ATTRIBUTE = {"groupby": 0, "join": 1, "map": 9, "max": 1, "min": 1, "rejectattr": 0, "selectattr": 0}
+BY_ATTRIBUTE |= {"sort": 2, "sum": 0, "unique": 1}
+MAX_PARTS = 16  # of an attribute's name: it is followed for every item
 WIDTH = re.compile(r"\d{4,}|\*|\{[^{}]*\{")  # a field of formatted text that is wider than any text needs
 
 
@@ -60,19 +73,25 @@ class Budget:
                 f"it loops, or its text grows, without end: more than {self.work:,} steps and characters"
             )
 
+    def weigh(self, value: Any) -> int:
+        """Spend what it takes to copy `value`, whatever is inside it; how much that was."""
+        size = 1
+        if isinstance(value, int):
+            size += value.bit_length() // 32
+        elif isinstance(value, SIZED + VIEWS):
+            size += len(value)
+        self.spend(size)
+        return size
+
     def measure(self, value: Any) -> int:
         """Spend what it takes to write `value` out, everything inside it included; how much that was."""
-        if isinstance(value, str | bytes | range):
-            size = len(value)
-        elif isinstance(value, bool) or not isinstance(value, PLAIN):
-            size = 1
-        elif isinstance(value, int | float):
-            size = 1 + (value.bit_length() // 32 if isinstance(value, int) else 0)
-        else:
-            self.spend(len(value) + 1)
-            inside = (part for pair in value.items() for part in pair) if isinstance(value, dict) else value
-            return len(value) + 1 + sum(map(self.measure, inside))
-        self.spend(size)
+        if isinstance(value, Namespace):
+            value = object.__getattribute__(value, "_Namespace__attrs")
+        size = self.weigh(value)
+        if isinstance(value, dict):
+            return size + sum(self.measure(part) for pair in value.items() for part in pair)
+        if isinstance(value, (list, tuple, set, *VIEWS)):
+            return size + sum(map(self.measure, value))
         return size
 
 
@@ -122,12 +141,30 @@ def _refuse(message: object) -> NoReturn:
     raise TemplateError(str(message))
 
 
+def _depth(value: Any) -> int:
+    if isinstance(value, list | tuple | dict):
+        return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+    return 0
+
+
+@pass_context
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    context: Context,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """transformers' filter of this name: JSON as it is, nothing in it escaped for HTML."""
-    if (len(indent) if isinstance(indent, str) else indent or 0) > 16:
+    width = len(indent) if isinstance(indent, str) else indent or 0
+    if width > 16:
         raise SecurityError(f"it indents JSON by {str(indent)[:40]}")
+    if width:
+        budget = _budget(context)
+        budget.spend(budget.measure(value) * width * _depth(value))
+    if sum(map(len, separators or ())) > 16:
+        raise SecurityError("it separates JSON by more than sixteen characters")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -139,14 +176,13 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function, updated=())
     def counted(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(context)
-        if name in ("join", "list", "sort", "sum", "unique", "reverse", "batch", "slice", "groupby") and not isinstance(
-            value, str
-        ):
+        if name in WHOLE and not isinstance(value, str):
             value = list(value)  # so that what is inside is counted
-        given = [budget.measure(part) for part in (value, *args, *kwargs.values())]
-        _check_growth(budget, name, value, [*args, *kwargs.values()], given)
-        if name == "indent" and any(isinstance(width, int) and width > 1000 for width in (*args, *kwargs.values())):
-            raise SecurityError("it indents by more than a thousand spaces")
+        spend = budget.weigh if name in HANDED else budget.measure
+        given = [spend(part) for part in (value, *args, *kwargs.values())]
+        named = [kwargs[key] for key in sorted(kwargs, reverse=True)]  # of `replace`: old, new
+        _check_growth(budget, name, value, [*args, *named], given)
+        _check_reach(name, args, kwargs)
         first = {
             None: (),
             "context": (context,),
@@ -154,19 +190,46 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             "environment": (context.environment,),
         }[passed.name if passed is not None else None]
         made = function(*first, value, *args, **kwargs)
-        budget.measure(made)
+        budget.weigh(made)
         return made
 
     return counted
 
 
+def _counted_test(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A test that spends the size of what it looks at."""
+
+    @pass_context
+    @wraps(function, updated=())
+    def counted(context: Context, value: Any, *args: Any) -> Any:
+        for part in (value, *args):
+            _budget(context).measure(part)
+        return function(value, *args)
+
+    return counted
+
+
+def _check_reach(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """SecurityError for an argument of a filter that stands for more work than its size."""
+    given = [*args, *kwargs.values()]
+    widths = [len(width) if isinstance(width, str) else width for width in given if isinstance(width, int | str)]
+    if name == "indent" and any(width > 1000 for width in widths):
+        raise SecurityError("it indents by more than a thousand spaces")
+    if name == "sum" and any(isinstance(start, list | tuple) for start in given):
+        raise SecurityError("it sums what is no number")
+    if name == "round" and any(isinstance(n, int) and abs(n) > 1000 for n in given):
+        raise SecurityError("it rounds to more than a thousand digits")
+    attribute = kwargs.get("attribute", next(iter(args[BY_ATTRIBUTE.get(name, 9) :]), None))
+    if name in BY_ATTRIBUTE and isinstance(attribute, str) and len(re.split("[.,]", attribute)) > MAX_PARTS:
+        raise SecurityError(f"it reaches for an attribute of more than {MAX_PARTS} parts")
+
+
 def _check_growth(budget: Budget, name: str, value: Any, args: Sequence[Any], sizes: Sequence[int]) -> None:
     """Spend beforehand what a method or filter can write that is longer than all that it is given."""
-    if name == "replace" and len(args) > 1 and isinstance(value, str):
-        budget.spend(value.count(str(args[0])) * len(str(args[1])))
+    if name == "replace" and len(args) > 1:
+        budget.spend(str(value).count(str(args[0])) * len(str(args[1])))
     elif name == "join":
-        glue, parts = (value, args[0]) if isinstance(value, str) else (args[0] if args else "", value)
-        budget.spend(len(str(glue)) * (len(parts) if isinstance(parts, list | tuple | str | dict) else 0))
+        budget.spend(len(value) * max([*sizes[1:], 0]))
     elif name == "format":
         if WIDTH.search(str(value)):
             raise SecurityError("it formats text in fields wider than a thousand characters, or of a width not written")
@@ -180,7 +243,7 @@ def _check_growth(budget: Budget, name: str, value: Any, args: Sequence[Any], si
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja as transformers sets it up for chat templates, and every loop, call, operator and output counted."""
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def __init__(self, roles: Collection[str]) -> None:
         super().__init__(
@@ -194,6 +257,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: _counted(name, FILTERS[name]) for name in OFFERED} | {
             "tojson": _counted("tojson", _tojson)
         }
+        tests: Any = TESTS  # which Jinja leaves untyped
+        self.tests = {name: _counted_test(test) if name in READS else test for name, test in tests.items()}
         self.globals = {
             "range": self.globals["range"],
             "dict": _dict,
@@ -220,7 +285,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     @pass_context
     def made(self, context: Context, value: Any) -> Any:
-        """A list, tuple or dictionary that the template has written, or that it looks for something in."""
+        """A list, tuple or dictionary that the template has written, or a part of one or of a text that it has cut out."""
+        _budget(context).weigh(value)
+        return value
+
+    @pass_context
+    def read(self, context: Context, value: Any) -> Any:
+        """What the template compares or looks for, all of it."""
         _budget(context).measure(value)
         return value
 
@@ -233,12 +304,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     # What a template can do
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return not isinstance(obj, VIEWS) and super().is_safe_attribute(obj, attr, value)
+
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}, which templates are not given")
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = _budget(context)
-        n_left, n_right = budget.measure(left), budget.measure(right)
+        spend = budget.measure if operator == "%" else budget.weigh
+        n_left, n_right = spend(left), spend(right)
         if operator == "*":
             counts = [n for n in (left, right) if isinstance(n, int)]
             if len(counts) == 1 and not isinstance(left, float) and not isinstance(right, float):
@@ -251,18 +326,26 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(context)
-        budget.spend(1)
         method = getattr(obj, "__wrapped__", obj)  # str.format comes wrapped
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if owner is self:
+            return super().call(context, obj, *args, **kwargs)  # one of those above, which count by themselves
+        budget.spend(1 + len(args) + len(kwargs))
         if isinstance(owner, PLAIN) and not isinstance(obj, type):
             if name not in METHODS:
                 raise SecurityError(f"it calls .{name}() of a value, which templates are not given")
-            if name == "join" and args:
+            if name == "join" and args and isinstance(owner, str):
                 args = (list(args[0]), *args[1:])
-            sizes = [budget.measure(part) for part in (owner, *args, *kwargs.values())]
-            _check_growth(budget, name, owner, [*args, *kwargs.values()], sizes)
+                budget.spend(len(owner) * len(args[0]))
+            sizes = [budget.weigh(owner) if isinstance(owner, dict) else budget.measure(owner)]
+            sizes += [budget.measure(part) for part in (*args, *kwargs.values())]
+            if name != "join":
+                _check_growth(budget, name, owner, [*args, *kwargs.values()], sizes)
+        elif not isinstance(obj, Macro):  # which counts by itself what it does with them
+            for part in (*args, *kwargs.values()):
+                budget.measure(part)
         made = super().call(context, obj, *args, **kwargs)
-        budget.measure(made)
+        budget.weigh(made)
         return made
 
 
@@ -306,15 +389,25 @@ class _Rewriter(NodeTransformer):
         return node if literal or node is None else self.visit(node)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        short = isinstance(node.expr, nodes.Const)
         node.expr = self._compared(node.expr)
         for operand in node.ops:
+            left_is_short, short = short, isinstance(operand.expr, nodes.Const)
             operand.expr = self._compared(operand.expr)
-            if operand.op in ("in", "notin"):  # which reads all of it
-                operand.expr = _call("made", operand.expr)
+            if operand.op in ("in", "notin"):  # which hashes the one and reads all of the other
+                node.expr, operand.expr = self._read(node.expr), _call("read", operand.expr)
+            elif not (left_is_short or short):  # else no more is read than the literal has
+                operand.expr = _call("read", operand.expr)
         return node
+
+    def _read(self, node: nodes.Expr) -> nodes.Expr:
+        return node if isinstance(node, nodes.Const) else _call("read", node)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         node.node, node.arg = self.visit(node.node), self._compared(node.arg)
+        if isinstance(node.arg, nodes.Slice):
+            return _call("made", node)
+        node.arg = self._read(node.arg)
         return node
 
     def visit_Call(self, node: nodes.Call) -> nodes.Node:
@@ -374,13 +467,24 @@ class _Rewriter(NodeTransformer):
         node.body.insert(0, tick)
         return node
 
-    visit_For = visit_Macro = visit_CallBlock = _ticking
+    visit_Macro = visit_CallBlock = _ticking
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        if node.test is not None:  # asked of what then is no round
+            node.test = nodes.Or(_call("tick", nodes.Const(1)), node.test)
+        return self._ticking(node)
 
     def _measured(self, node: Any) -> Any:
         self.generic_visit(node)
         return _call("made", node) if getattr(node, "ctx", "load") == "load" else node
 
-    visit_List = visit_Tuple = visit_Dict = _measured
+    visit_List = visit_Tuple = _measured
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        made = self._measured(node)
+        for pair in node.items:
+            pair.key = self._read(pair.key)
+        return made
 
     # Files
 
@@ -515,4 +619,4 @@ def _said(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "it calls itself, or is nested, without end"
     text = str(error.message if isinstance(error, TemplateError) and error.message else error) or type(error).__name__
-    return " ".join(text.split())[:300]
+    return "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split())[:300])

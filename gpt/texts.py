@@ -1,7 +1,7 @@
 """Files of any kind as a split in memory: read once, encoded for each tokenizer, and scored like prepared data."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import NoReturn
 
 import numpy as np
 
-from gpt import corpus
+from gpt import corpus, signals
 from gpt.formats import BadRecord
 from gpt.shards import Span, token_dtype
 from gpt.tokenizer import Tokenizer
+
+PORTION = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ def _refuse(error: BadRecord) -> NoReturn:
     raise error
 
 
+def _portions(documents: Sequence[str]) -> Iterator[list[str]]:
+    """Documents of about PORTION characters at a time: while it is encoded, text takes many times its room."""
+    portion, size = list[str](), 0
+    for document in documents:
+        portion.append(document)
+        size += len(document)
+        if size >= PORTION:
+            signals.check()
+            yield portion
+            portion, size = [], 0
+    yield portion
+
+
 class TextSet:
     """A text as a tokenizer cuts it, each document behind a start token: shards.Tokens."""
 
@@ -57,7 +72,8 @@ class TextSet:
         self.path, self.sources = Path(text.name), [text.name]
         self.vocab_size, self.start_id = tokenizer.size, tokenizer.start_id
         self.tokenizer_sha256, self.dtype = tokenizer.sha256, token_dtype(tokenizer.size)
-        rows = [np.array([self.start_id, *ids], self.dtype) for ids in tokenizer.encode_batch(text.documents)]
+        encoded = (ids for documents in _portions(text.documents) for ids in tokenizer.encode_batch(documents))
+        rows = [np.array([self.start_id, *ids], self.dtype) for ids in encoded]
         self._ids = np.concatenate(rows)
         self.document_starts = np.cumsum([0, *map(len, rows[:-1])])
         self.document_bytes = np.array(text.n_bytes)

@@ -323,7 +323,12 @@ class Stream:
     def push(self, token: int) -> str | None:
         """The text that has become certain, or None while a character is incomplete."""
         self._held.append(token)
-        text = self._decoder.step(self._backend, token)
+        try:
+            text = self._decoder.step(self._backend, token)
+        except Exception:  # after bytes that form no character the library has lost its place
+            held, text = self._held, self.flush()
+            self._decoder = DecodeStream(held[-4:], skip_special_tokens=True)
+            return text
         if text is not None:
             self._held.clear()
         return text

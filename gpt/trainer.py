@@ -97,7 +97,8 @@ class Session:
     def report(self, step: int, loss: Tensor, grad_norm: Tensor, steps_per_s: float) -> None:
         """Log update `step`; the only place where training waits for metrics."""
         config, rate = self.config, steps_per_s * self.config.train.batch_tokens
-        flops = rate * plan.flops_per_token(self.objective.model, config.data.seq_len)
+        reference = config.objective.kind == "dpo"
+        flops = rate * plan.flops_per_token(self.objective.model, config.data.seq_len, reference=reference)
         peak = plan.peak_flops(self.choices.device)
         self.log.train(
             step,

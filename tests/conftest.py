@@ -38,6 +38,14 @@ def build() -> Build:
     return make
 
 
+def write_model(path: Path, model: GPT, tokenizer: tokenizers.Tokenizer) -> None:
+    """Fill the directory `path` with a model and its tokenizer, as a checkpoint has them."""
+    for name, data in hf.model_files(model.config, tokenizer).items():
+        (path / name).write_bytes(data)
+    state = {name: tensor.detach().clone() for name, tensor in hf.to_disk(model.config, model.state_dict()).items()}
+    save_file(state, path / "model.safetensors")
+
+
 @pytest.fixture
 def tokens() -> Tokens:
     """tokens(*shape, seed=0): random ids below 64."""
@@ -137,8 +145,5 @@ def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for name, data in hf.model_files(config, tokenizer).items():
-        (path / name).write_bytes(data)
-    state = {name: tensor.detach().clone() for name, tensor in hf.to_disk(config, model.state_dict()).items()}
-    save_file(state, path / "model.safetensors")
+    write_model(path, model, tokenizer)
     return path

@@ -74,6 +74,29 @@ def test_where_nothing_fits_the_least_is_said(tmp_path: Path) -> None:
     assert "everything does not fit: the least is 0.00 GB; lower data.seq_len or train.micro_batch" in plan["notes"]
 
 
+def test_widths_that_int4_cannot_group_are_planned_without_it(tmp_path: Path) -> None:
+    plan = planned(tmp_path, SMALL, 1e12, "model.d_model=40")
+    assert {way[1] for way in plan["rows"]} == {"-", "fp32", "bf16", "int8"}
+    assert any("no base in int4" in note for note in plan["notes"])
+    assert {way[1] for way in planned(tmp_path, SMALL, 1e12)["rows"]} == {"-", "fp32", "bf16", "int8", "int4"}
+
+
+def test_pairs_need_more_than_texts(tmp_path: Path) -> None:
+    large = (
+        "model.vocab_size=8192",
+        "model.d_model=512",
+        "model.n_head=8",
+        "model.max_seq_len=256",
+        "data.seq_len=256",
+    )
+    totals = {
+        kind: float(planned(tmp_path, SMALL, 1e12, *large, f"objective.kind={kind}")["rows"][way]["total GB"])
+        for kind in ("next_token", "simpo", "dpo")
+        for way in [("everything", "-", "none", "fp32")]
+    }
+    assert totals["next_token"] < totals["simpo"] < totals["dpo"]
+
+
 def test_muon_has_no_8_bit_state(tmp_path: Path) -> None:
     assert {way[3] for way in planned(tmp_path, SMALL, 1e12, "optim.kind=muon")["rows"]} == {"fp32"}
 

@@ -354,6 +354,16 @@ def test_characters_that_mark_control_tokens_are_text_in_a_message(tokenizer: To
         encode(tokenizer, talk(said("user", every)))
 
 
+def test_characters_that_a_template_holds_itself_do_not_make_marks_of_those_in_a_message(tokenizer: Tokenizer) -> None:
+    made = made_for(tokenizer, CHATML + "{# " + "".join(map(chr, range(0xF0000, 0xF0040))) + " #}", [])
+    private = chr(0xF0040) + "".join(map(chr, range(0xF0042, 0xF0090)))
+    ids = encode(made, talk(said("user", private), REPLY)).ids
+    assert private in made.decode(ids)
+    assert [i for i in ids if i in made.control_ids] == [
+        i for i in encode(made, talk(ASK, REPLY)).ids if i in made.control_ids
+    ]
+
+
 # What is trained on
 
 

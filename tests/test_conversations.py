@@ -14,6 +14,7 @@ from gpt.formats import BadRecord
 ASKED, TOLD = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"b": 1, "a": [2]}}}
+DEEP = json.loads('{"a":[' * 400 + "1" + "]}" * 400)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,8 @@ def test_calls_of_tools_are_objects_whose_arguments_keep_their_order(arguments: 
         ({"messages": [ASKED, TOLD], "tools": "x"}, "'tools' is text, and no JSON"),
         ({"messages": [ASKED, TOLD], "tools": {}}, None),
         ({"messages": [ASKED, TOLD], "tools": [1]}, "'tools' is no list of objects"),
+        ({"messages": [ASKED, TOLD], "tools": [DEEP]}, "field 'tools': nested more than 64 levels deep"),
+        ({"messages": [ASKED, {**TOLD, "tool_calls": [{"name": "f", "arguments": DEEP}]}]}, "'f': nested more than 64 levels"),
         ({"prompt": 5, "completion": "x"}, "field 'prompt' is int"),
         ({"instruction": "x", "output": 5}, "field 'output' is int"),
         ({"text": "x"}, "no conversation; it has 'text'; expected messages, conversations"),
@@ -145,6 +148,14 @@ def test_an_answer_of_a_pair_may_call_tools_first() -> None:
     pair = parse_pair({"system": "Be brief.", "prompt": [ASKED, TOLD, ASKED], "chosen": called, "rejected": "Huh"})
     assert pair.prompt.messages == (SYSTEM, ASKED, TOLD, ASKED)
     assert pair.chosen.messages == (*pair.prompt.messages, *called)
+
+
+def test_a_system_message_of_the_prompt_stands_before_whole_conversations_without_one() -> None:
+    pair = parse_pair({"prompt": [SYSTEM, ASKED], "chosen": [ASKED, TOLD], "rejected": [ASKED, WORSE]})
+    assert pair.prompt.messages == (SYSTEM, ASKED)
+    other = {"role": "system", "content": "Be long."}
+    with pytest.raises(BadRecord, match="prompts must be equal"):
+        parse_pair({"prompt": [SYSTEM, ASKED], "chosen": [other, ASKED, TOLD], "rejected": [other, ASKED, WORSE]})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MemorySplit
-from safetensors.torch import save_file
+from conftest import MemorySplit, write_model
 
 from gpt import evaluate as evaluation
 from gpt import hf, runtime, shards
@@ -324,15 +324,57 @@ def test_what_does_not_compare_is_said(
     model = GPT(config)
     init_weights(model, 1)
     (run_dir / "small").mkdir()
-    for name, content in hf.model_files(config, other).items():
-        (run_dir / "small" / name).write_bytes(content)
-    save_file({n: t.clone() for n, t in hf.to_disk(config, model.state_dict()).items()}, "small/model.safetensors")
+    write_model(run_dir / "small", model, other)
     (run_dir / "task.jsonl").write_text(json.dumps(QUESTION | {"question": "of " * 40}) + "\n")
     evaluation.main(["model", "small", "--text", "text.txt", "--tasks", "task.jsonl", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "The tokenizers differ: perplexity per token does not compare, the other measures do." in out
     assert "The windows differ (tokens: model 64, small 16)" in out
     assert "small was shown only the end of 1 of 1 prompts of task.jsonl." in out
+
+
+def test_documents_that_one_run_reads_apart_and_another_does_not_are_said_to_be(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir / "model", run_dir / "base")
+    (run_dir / "base" / "run.yaml").unlink()
+    (run_dir / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (run_dir / "texts" / name).write_text(TEXT)
+    note = "Only model read each document without those before it, as in training (document_mask)."
+    for sources, text, said in (
+        (["base", "model"], "texts", True),
+        (["base", "model"], "text.txt", False),
+        (["base", "base"], "texts", False),
+    ):
+        evaluation.main([*sources, "--text", text, "--device", "cpu"])
+        assert (note in " ".join(capsys.readouterr().out.split())) is said
+
+
+def test_runs_that_read_other_shares_of_one_split_do_not_compare(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir / "model", run_dir / "whole")
+    (run_dir / "whole" / "run.yaml").write_text("data: {path: data, seq_len: 8, document_mask: true}\n")
+    for sources, said in ((["model", "whole"], True), (["model", "model"], False)):
+        evaluation.main([*sources, "--device", "cpu"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("Each run was scored on a validation split of its own: these numbers do not compare" in out) is said
+
+
+def test_a_name_that_is_no_utf8_leaves_json_that_is(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (run_dir / name).write_text(TEXT)
+    evaluation.main(["model", "--text", name, "--json", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert json.loads(out.encode())["sources"][0]["texts"][0]["name"] == name
+
+
+def test_what_is_not_finite_is_null_in_json() -> None:
+    reading = evaluation.Reading("x", 2.0, math.inf, math.inf, 1, 9, 8, False, {"a": 1.0})
+    (told,) = evaluation.as_json([evaluation.Report("r", Path("r"), "0", [reading], {})])["sources"]
+    (text,) = told["texts"]
+    assert (text["word_perplexity"], text["token_perplexity"], text["sources"]) == (None, None, {"a": 1.0})
 
 
 MISTAKES = {
@@ -359,7 +401,9 @@ def test_mistakes_are_answered_in_words(run_dir: Path, args: list[str], message:
     ("args", "message"),
     [
         (["--chat"], "--chat and --stop are about questions"),
-        (["--limit", "3"], "--limit and --context are about --text and --tasks"),
+        (["--limit", "3"], "--limit is about --text and --tasks"),
+        (["--context", "3"], "--context is about --text"),
+        (["--context", "3", "--tasks", "a"], "--context is about --text"),
         (["--text", "a", "--limit", "0"], "expected a whole number from 1 on, got '0'"),
     ],
 )

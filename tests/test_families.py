@@ -4,6 +4,7 @@ A row of the matrix is a model of odd shape that transformers initialised; a col
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -399,6 +400,11 @@ def refusal(model_type: str, **changes: Any) -> str:
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "does not describe a model"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 9}}, "alpha: 9 of rope scaling 'dynamic'"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}}, "truncate: False"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1, "mscale_all_dim": -10 / math.log(2)}},
+            "scale of YaRN's attention infinite",
+        ),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 3.0}}}, "full_attention"),
         ("llama", {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "contradict each other"),

@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import write_model
 from torch import Tensor
 
-from gpt import gaze, hf, tokenizer
+from gpt import gaze, tokenizer
 from gpt.gaze import Gaze, by_distance, observe, of_text
 from gpt.model import GPT, Attention, ModelConfig, init_weights
 from gpt.page import Note, Script, Stage, Table, html, quoted
@@ -264,10 +264,7 @@ def source(tmp_path_factory, words):
         config = ModelConfig(**{"vocab_size": words.padded_size, **small, **settings})
         model = GPT(config)
         init_weights(model, seed=1)
-        for name, data in hf.model_files(config, words).items():
-            (path / name).write_bytes(data)
-        state = {name: t.detach().clone() for name, t in hf.to_disk(config, model.state_dict()).items()}
-        save_file(state, path / "model.safetensors")
+        write_model(path, model, words)
         return str(path)
 
     return make

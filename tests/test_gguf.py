@@ -461,6 +461,8 @@ def added(name: str, token: int, **options: bool) -> dict[str, Any]:
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}}, "no name"),
         ({"pre_tokenizer": None}, "pre-tokenizer has no name"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer, Lowercase, has no name"),
+        ({"normalizer": ["Lowercase"]}, "normalizer, Lowercase, has no name"),
+        ({"pre_tokenizer": ["Whitespace"]}, "pre-tokenizer has no name"),
         ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix: '</w>'"),
     ],
     ids=lambda value: str(value)[:70],

@@ -114,6 +114,25 @@ def test_mistakes_are_answered_in_words(lm_eval: Any, pupil: Path, tmp_path: Pat
     asked = [SimpleNamespace(args=("The", {"do_sample": True, "max_gen_toks": 4}), task_name=None)]
     with pytest.raises(ValueError, match="asks for sampling or beams"):
         ours.generate_until(asked)
+    asked = [SimpleNamespace(args=("The", {"repetition_penalty": 2.0, "max_gen_toks": 4}), task_name=None)]
+    with pytest.raises(ValueError, match=r"generation_kwargs have repetition_penalty: 2\.0, which is not offered here"):
+        ours.generate_until(asked)
+
+
+@theirs_warn
+def test_a_task_that_lm_eval_cannot_do_is_no_bug_of_ours(
+    lm_eval: Any, pupil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        (ROOT / "tests/harness/lines.yaml").read_text().replace("local_lines", "lost").replace("{{text}}", "{{gone}}")
+    )
+    (tmp_path / "lost.yaml").write_text(text)
+    with pytest.raises(ValueError, match="lm-eval cannot do this task: UndefinedError: 'gone' is undefined"):
+        harness.evaluate(adapter(pupil), ["lost"], [str(tmp_path)])
+    ours = adapter(pupil)
+    monkeypatch.setattr(harness, "log_likelihoods", lambda *args: {}[0])
+    with pytest.raises(KeyError):
+        harness.evaluate(ours, ["local_lines"], ["tests/harness"])
 
 
 @theirs_warn
@@ -128,6 +147,32 @@ def test_without_lm_eval_the_error_says_what_to_install(pupil: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"lm-eval is not installed \(lm_eval\): pip install 'gpt-trainer\[eval\]'"):
         adapter(pupil)
+
+
+def test_what_is_not_finite_is_null_in_json(
+    pupil: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runtime, "setup", lambda device, threads: None)
+    monkeypatch.setattr(harness, "language_model", lambda *args: None)
+    found = {"results": {"x": {"perplexity,none": float("inf"), "stderr": float("nan"), "n": 3}}, "config": {}}
+    monkeypatch.setattr(harness, "evaluate", lambda *args, **kwargs: found)
+    harness.main([str(pupil), "--tasks", "x", "--device", "cpu", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"results": {"x": {"perplexity,none": None, "stderr": None, "n": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", r"generation_config\.json: not JSON"),
+        ("[1]", r"generation_config\.json: expected a JSON object, got list"),
+        ('{"eos_token_id": [[1]]}', r"generation_config\.json: eos_token_id: expected an id or a list of ids"),
+    ],
+)
+def test_a_file_beside_the_model_that_is_broken_is_named(pupil: Path, tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        harness.conventions(tmp_path, tokenizers.Tokenizer.load(pupil))
 
 
 def test_texts_begin_as_the_model_directory_says(pupil: Path, tmp_path: Path) -> None:

@@ -371,6 +371,22 @@ def test_a_number_too_long_to_read_names_its_file(tmp_path: Path, tokenizer: Tok
         hf.load(tmp_path)
 
 
+def test_a_tied_head_of_another_shape_is_refused_before_room_is_made_for_it(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    write_ours(tmp_path, tokenizer)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    end = len(data) - 8 - n
+    header["lm_head.weight"] = {"dtype": "F32", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [end, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+    with pytest.raises(ValueError, match=r"mis-shaped: lm_head\.weight \(0, "):
+        hf.load(tmp_path)
+
+
 def test_a_head_that_is_not_the_tied_embedding_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_ours(tmp_path, tokenizer, tie_embeddings=False)
     edit(tmp_path, tie_word_embeddings=True)

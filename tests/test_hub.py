@@ -259,6 +259,7 @@ def test_a_model_is_fetched_with_only_what_is_read(tmp_path: Path, small: Any) -
         "hub:org/noindex": "model.safetensors.index.json is no index of weights",
         "hub:": "'' is no repository's name; expected ORG/NAME",
         "hub:a/b/c": "'a/b/c' is no repository's name",
+        "hub:../x": "'../x' is no repository's name",
     }
     with serving(repositories) as (url, asked):
         results = read(url, tmp_path, [(s, False) for s in refused] + [(s, True) for s in good] * 2, RESOLVE)

@@ -73,6 +73,23 @@ def test_a_prompt_is_read_once_for_all_that_follows_it(build: Build, monkeypatch
     assert read == [len(PROMPT)]
 
 
+def test_a_batch_stays_small_when_everything_follows_one_prompt(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first windows of all texts do, which follow the start token."""
+    model, sizes = build(), list[int]()
+    features = model.features
+
+    def counted(tokens: torch.Tensor, **given: Any) -> torch.Tensor:
+        sizes.append(tokens.numel())
+        return features(tokens, **given)
+
+    pairs: list[Pair] = [([0], [i % 60] * (2 + i % 9)) for i in range(100)]
+    slow = [slowly(model, pair)[0] for pair in pairs]
+    monkeypatch.setattr(model, "features", counted)
+    scores = log_likelihoods(model, pairs, 50)
+    assert [score.logprob for score in scores] == pytest.approx(slow, abs=1e-4)
+    assert max(sizes) <= 50 and sum(sizes) < 2 * sum(len(more) for _, more in pairs)
+
+
 def test_a_pair_longer_than_the_context_loses_the_beginning_of_its_prompt(build: Build) -> None:
     model, prompt = build(max_seq_len=8), [0, *range(1, 12)]
     long, cut = log_likelihoods(model, [(prompt, [3, 4, 5]), (prompt[-6:], [3, 4, 5])], 1000)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import write_model
 
 from gpt import hf, look, shards, tokenizer
 from gpt.data import DataConfig, Loader, open_data
@@ -168,10 +168,7 @@ def model_directory(tmp_path_factory) -> Path:
     config = ModelConfig(vocab_size=cutter.padded_size, max_seq_len=64, n_layer=2, d_model=16, n_head=2, init_std=0.3)
     model = GPT(config)
     init_weights(model, seed=1)
-    for name, data in hf.model_files(config, cutter).items():
-        (path / name).write_bytes(data)
-    state = {name: t.detach().clone() for name, t in hf.to_disk(config, model.state_dict()).items()}
-    save_file(state, path / "model.safetensors")
+    write_model(path, model, cutter)
     return path
 
 

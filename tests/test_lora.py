@@ -323,6 +323,16 @@ def damaged(path: Path, file: str, change: Any) -> None:
         (lambda raw: raw["adapter"].update(rank=50_000), ValueError, "mis-shaped"),
         (lambda raw: raw["adapter"].update(targets=["q_proj"]), ValueError, "unexpected"),
         (lambda raw: raw.update(base="/nowhere/at/all"), FileNotFoundError, "is not there"),
+        (lambda raw: raw.update(base="a" * 5000), FileNotFoundError, "is not there"),
+        (lambda raw: raw.update(base=str(at(6))), ValueError, "is an adapter itself"),
+        (lambda raw: raw.update(vocab_size=-1), CorruptError, "not what this trainer writes"),
+        (
+            lambda raw: (raw.update(vocab_size=1 << 62), raw["adapter"].update(embeddings=True)),
+            CorruptError,
+            "not what",
+        ),
+        (lambda raw: (raw.update(vocab_size=310), raw["adapter"].update(embeddings=True)), CorruptError, "bring more"),
+        (lambda raw: raw["adapter"].update(alpha=1e300), ValueError, r"not finite.*adapter\.alpha \(1e\+300\)"),
     ],
 )
 def test_what_base_json_says_is_believed_in_nothing(
@@ -332,6 +342,42 @@ def test_what_base_json_says_is_believed_in_nothing(
     damaged(at(6), "base.json", change)
     with pytest.raises(error, match=words):
         hf.load(at(6))
+
+
+def test_settings_alone_do_not_follow_an_adapter_in_a_circle(here: Path) -> None:
+    train(settings(), console=CONSOLE)
+    damaged(at(6), "base.json", lambda raw: raw.update(base=str(at(6))))
+    with pytest.raises(ValueError, match="is an adapter itself"):
+        hf.load_config(at(6))
+
+
+def test_an_adapter_s_tokenizer_has_no_more_ids_than_its_model(here: Path, vocabulary: Tokenizer) -> None:
+    train(settings(), console=CONSOLE)
+    (at(6) / "manifest.json").unlink()
+    for name, content in growth.add(vocabulary, [(a + b) * 6 for a in "bcdfgjkl" for b in "mpqvwxyz"]).files().items():
+        (at(6) / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ ids, the model's vocab_size is"):
+        hf.load(at(6))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_link_among_an_adapter_s_files_is_not_followed(here: Path, name: str) -> None:
+    train(settings(), console=CONSOLE)
+    (at(6) / "manifest.json").unlink()
+    (here / "secret").write_text("{}")
+    (at(6) / name).unlink(missing_ok=True)
+    (at(6) / name).symlink_to(here / "secret")
+    with pytest.raises(ValueError, match="symbolic link, which is not followed"):
+        hf.load(at(6))
+
+
+def test_a_base_of_the_same_name_in_another_project_is_not_taken(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(settings(), console=CONSOLE)
+    before, (base, _) = logits(at(6)), run.resolve("runs/base")
+    other = next(path for path in base.parent.iterdir() if path != base)
+    shutil.copytree(other, here / "elsewhere" / base)
+    monkeypatch.chdir(here / "elsewhere")
+    assert torch.equal(logits(here / at(6)), before)
 
 
 def test_an_adapter_of_another_program_is_refused_with_the_way_to_merge_it(here: Path) -> None:

@@ -1,6 +1,7 @@
 """What an update is said to need is what it takes: gone through without storage, against the allocator's own count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpt import adapters, memory, quantize, runtime
 from gpt.adapters import AdapterConfig
-from gpt.loss import NextToken
+from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
 from gpt.memory import Need, Setting, need, parameters, size
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.optim import OptimConfig, Optimizer
@@ -154,6 +155,54 @@ def test_what_a_step_takes_on_top_is_what_the_allocator_gives(optim: dict[str, s
     assert need(config, given).step == pytest.approx(most_allocated(lambda: optimizer.step(1.0)), rel=tolerance)
 
 
+def preferring(model: GPT, given: Setting) -> Objective:
+    other = GPT(model.config).eval().requires_grad_(False)
+
+    @contextmanager
+    def reference() -> Iterator[GPT]:
+        if given.adapter is None:
+            yield other
+        else:
+            with adapters.off(model):
+                yield model
+
+    return Preferences(model, given.objective, None if given.objective.kind == "simpo" else reference)
+
+
+@pytest.mark.filterwarnings("ignore:.*profiler:UserWarning")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("kind", ["dpo", "simpo"])
+def test_what_pairs_need_is_what_the_allocator_gives(config: ModelConfig, way: dict[str, object], kind: str) -> None:
+    given = setting(**way, seq_len=160, objective=ObjectiveConfig(kind=kind))
+    told, model = need(config, given), real(config, given)
+    forward = applied(preferring(model, given), compile=False, checkpointing=given.checkpointing)
+    give_gradients(model)
+    row = torch.zeros(given.rows, 2 * given.seq_len, dtype=torch.int64)
+    taken = most_allocated(lambda: forward(row, row, row, row).backward())
+    assert told.activations + told.work == pytest.approx(taken, rel=0.05)
+
+
+def test_a_reference_of_its_own_is_counted_with_the_weights() -> None:
+    config = ModelConfig(**SHAPE)
+    plain, dpo, simpo = (
+        need(config, setting(objective=ObjectiveConfig(kind=k))) for k in ("next_token", "dpo", "simpo")
+    )
+    assert dpo.weights == 2 * plain.weights
+    assert simpo.weights == plain.weights
+    switched = (
+        need(config, setting(adapter=AdapterConfig(), objective=ObjectiveConfig(kind=k))) for k in ("dpo", "simpo")
+    )
+    assert len({each.weights for each in switched}) == 1
+
+
+def test_targets_of_one_layer_are_counted_in_that_layer() -> None:
+    config, named = ModelConfig(**SHAPE), AdapterConfig(rank=4, targets=("layers.3.mlp.up_proj", "q_proj"))
+    trained = [p for p in real(config, setting(adapter=named)).parameters() if p.requires_grad]
+    told = need(config, setting(adapter=named))
+    assert told.gradients == 4 * sum(p.numel() for p in trained)
+    assert parameters(config, setting(adapter=named))["adapter"] == sum(p.numel() for p in trained)
+
+
 def test_checkpointing_keeps_little_of_a_block() -> None:
     config = ModelConfig(**SHAPE | {"n_layer": 16})
     none, full = (need(config, setting(checkpointing=kept)) for kept in ("none", "full"))
@@ -221,7 +270,7 @@ def test_sizes_are_read(text: str, n: float) -> None:
     assert size(text) == n
 
 
-@pytest.mark.parametrize("text", ["", "GB", "much", "12XB", "1.2.3GB", "-4GB"])
+@pytest.mark.parametrize("text", ["", "GB", "much", "12XB", "1.2.3GB", "-4GB", "9" * 400 + "GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no size of a memory; write it like 12GB"):
         size(text)

@@ -8,7 +8,8 @@ import torch
 from conftest import Build
 from pydantic import ValidationError
 
-from gpt import plan, runtime
+from gpt import adapters, plan, quantize, runtime
+from gpt.adapters import AdapterConfig
 from gpt.model import GPT, ModelConfig
 from gpt.plan import Choices, TrainingConfig, choose
 
@@ -281,6 +282,26 @@ def test_frozen_matrices_cost_no_gradient_of_their_own(build: Build) -> None:
     model.requires_grad_(False)
     assert plan.flops_per_token(model, 10) - attention == (whole - attention) * 4 / 6
     assert plan.n_trained(model) == 0
+
+
+def test_a_base_in_few_bits_costs_what_it_costs_in_fp32(build: Build) -> None:
+    costs = []
+    for kind in ("fp32", "bf16"):
+        model = build()
+        if kind != "fp32":
+            quantize.quantized(model, "bf16")
+        adapters.put_on(model, AdapterConfig(rank=2))
+        costs.append(plan.flops_per_token(model, 10))
+    assert costs[0] == costs[1]
+
+
+def test_a_reference_costs_a_third_of_what_would_train_it(build: Build) -> None:
+    model = build()
+    whole = plan.flops_per_token(model, 10)
+    assert plan.flops_per_token(model, 10, reference=True) == whole * 4 / 3
+    adapters.put_on(model, AdapterConfig(rank=2))
+    worn = plan.flops_per_token(model, 10)
+    assert plan.flops_per_token(model, 10, reference=True) - worn == whole / 3, "the adapter is off in it"
 
 
 @pytest.mark.parametrize(

@@ -464,6 +464,21 @@ def test_a_reference_that_has_changed_is_refused_on_resume(here: Path, pupil: Pa
         run("liked", train={"steps": 4})
 
 
+def test_a_run_goes_on_though_its_source_has_a_better_checkpoint_where_the_one_of_then_is_named(here: Path) -> None:
+    run("source")
+    run("liked", init_from="runs/source", train={"steps": 4})
+    began = resolve("runs/source")[0]
+    with Path("runs/source/metrics.jsonl").open("a") as file:
+        better = next(step for step in (4, 8) if not began.name.endswith(f"{step:08d}"))
+        file.write(json.dumps({"kind": "eval", "step": better, "val_loss": 1e-9}) + "\n")
+    assert resolve("runs/source")[0] != began
+    with pytest.raises(ValueError, match=r"another checkpoint of it is the best now; name .* init_from=RUN@STEP"):
+        run("liked", init_from="runs/source", train={"steps": 4})
+    run("liked", init_from=f"runs/source@{int(began.name.removeprefix('step_'))}", train={"steps": 4})
+    with pytest.raises(ValueError, match="started with other settings"):
+        run("liked", init_from=str(began), train={"steps": 5})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

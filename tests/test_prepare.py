@@ -981,6 +981,29 @@ def test_conversations_in_parts_and_by_processes_have_the_same_bytes(tmp_path: P
     assert "up to date" in told.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("error", [Crash(), OSError(28, "No space left on device")])
+def test_conversations_broken_off_at_any_write_end_with_the_same_bytes(
+    tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    config = of_talks(chat_file(tmp_path / "talks.jsonl", list(map(talk, range(150)))))
+    run(config, tmp_path / "golden")
+    n_broken, k = 0, 0
+    while n_broken * 11 >= k:
+        k += 11
+        out = tmp_path / str(k) / "set"
+        out.parent.mkdir()
+        monkeypatch.setattr(durable, "fs", Broken(k, error))
+        try:
+            run(config, out)
+        except (Crash, OSError):
+            n_broken += 1
+        monkeypatch.setattr(durable, "fs", Unsynced())
+        run(config, out)
+        assert content(out) == content(tmp_path / "golden")
+        assert [path.name for path in out.parent.iterdir()] == ["set"]
+    assert n_broken > 5
+
+
 def test_a_pair_is_two_documents_of_which_the_last_answer_is_learned(tmp_path: Path, small_chunks: None) -> None:
     first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     rows = [

@@ -138,5 +138,6 @@ def test_without_torchao_it_is_refused_in_words_and_bf16_needs_none(
 
 
 def test_a_width_that_cannot_be_grouped_is_refused_by_name(build: Build) -> None:
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: int4 groups columns by 32, and it has 40"):
-        quantized(build(d_model=40), "int4")
+    for store in (stored, blank):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: int4 groups columns by 32, and it has 40"):
+            quantized(build(d_model=40), "int4", store)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import write_model
 
-from gpt import chat, generate, hf, runtime
+from gpt import chat, generate, runtime
 from gpt import tokenizer as tokenizers
 from gpt.conversations import Conversation
 from gpt.model import GPT, ModelConfig, init_weights
@@ -36,11 +36,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = GPT(config)
     init_weights(model, seed=1)
-    for name, data in hf.model_files(config, tokenizer).items():
-        (path / name).write_bytes(data)
-    save_file(
-        {n: t.detach().clone() for n, t in hf.to_disk(config, model.state_dict()).items()}, path / "model.safetensors"
-    )
+    write_model(path, model, tokenizer)
     return path
 
 
@@ -257,6 +253,17 @@ def test_text_that_is_not_utf8_is_refused_with_its_place(sample: ModuleType, tmp
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 at byte 3"):
         sample.main(["runs/x", "--prompt-file", str(tmp_path / "latin.txt")])
+
+
+def test_a_line_of_a_chat_that_is_not_utf8_is_left_out_and_the_chat_goes_on(
+    sample: ModuleType, model_dir: Path
+) -> None:
+    chatting = [model_dir, "--chat", "--max-tokens", "2", "--seed", "1"]
+    done = run(*chatting, stdin=b"a\n\xffb\n")
+    assert done.returncode == 0 and b"error: this line is not UTF-8 and was left out" in done.stderr
+    assert done.stdout == run(*chatting, stdin=b"a\n").stdout
+    with pytest.raises(ValueError, match="--system: not UTF-8 at byte 0"):
+        sample.main([*map(str, chatting), "--system", "\udcff"])
 
 
 def test_a_source_that_is_not_there_is_refused(sample: ModuleType, tmp_path: Path) -> None:

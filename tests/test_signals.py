@@ -96,6 +96,8 @@ def test_a_worker_that_ignores_signals_outlives_them():
         ("open('no/such/file')", 2, "error: no/such/file: No such file or directory"),
         ("os.mkdir('gpt')", 2, "error: gpt: File exists"),
         ("open('gpt')", 2, "error: gpt: Is a directory"),
+        ("open('x' * 5000)", 2, f"error: {'x' * 60}...: File name too long\n"),
+        ("raise OSError(errno.ELOOP, 'Too many levels of symbolic links', 'x')", 2, "error: x: Too many levels"),
         ("raise FloatingPointError('loss is nan')", 4, "error: loss is nan"),
         (
             "raise OSError(errno.ENOSPC, 'No space left on device', 'x.bin')",

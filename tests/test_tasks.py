@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import CAPITALS
+from templates import FAMILIES
 
-from gpt import hf, tasks
+from gpt import chat, hf, tasks
+from gpt.conversations import Conversation
 from gpt.model import GPT
 from gpt.tasks import Asking, Result, ask, mean, read
 from gpt.tokenizer import Tokenizer
@@ -66,6 +68,10 @@ WRONG = {
     "one choice": (CHOICE | {"choices": ["a"]}, "choices: expected at least two, got 1"),
     "index": (CHOICE | {"answer": 2}, "index from 0 to 1, a letter from A to B or the text of a choice, got 2"),
     "negative": (CHOICE | {"answer": -1}, "got -1"),
+    "many": (
+        CHOICE | {"choices": list("abcdefghijklmnopqrstuvwxyz") * 2, "answer": 52},
+        "0 to 51, a letter from A to Z or",
+    ),
     "letter": (CHOICE | {"answer": "C"}, "got 'C'"),
     "truth": (CHOICE | {"answer": True}, "got True"),
     "twice": (CHOICE | {"choices": ["a", "a"], "answer": "a"}, "'a' is more than one of the choices"),
@@ -161,6 +167,69 @@ def test_a_choice_that_would_merge_into_the_prompt_leaves_its_ids_alone(loaded: 
     ((before, behind),) = tasks._pairs(tokenizer, tasks.Item("cap", 0, ("ital",), delimiter=""), False)
     assert before == [tokenizer.start_id, *tokenizer.encode("cap")]
     assert behind == tokenizer.encode("ital")
+
+
+TEMPLATES = {name: FAMILIES[name] for name in ("qwen3", "llama2", "mistral-v3", "phi", "channels")}
+
+
+def pieces() -> dict[str, Any]:
+    """A tokenizer.json of SentencePiece's kind, of letters and bytes: a mark stands for a space, and one before any text."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127)), "\u2581"]
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)}, "merges": [], "byte_fallback": True,
+             "unk_token": "<unk>", "fuse_unk": True}  # fmt: skip
+    return {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": space, "model": model,
+            "post_processor": None, "decoder": space, "truncation": None, "padding": None}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_choice_in_a_chat_is_what_a_model_would_be_trained_to_reply(loaded: Any, template: str, kind: str) -> None:
+    """Also where the template writes a space or an empty thought before it, or a vocabulary one before any text."""
+    source, control, _ = TEMPLATES[template]
+    raw = json.loads(json.dumps(loaded[1].raw)) if kind == "bytes" else pieces()
+    known = {token["content"] for token in raw["added_tokens"]}
+    for i, name in enumerate(sorted({*control, "<|endoftext|>", "<|im_start|>", "<|im_end|>"} - known), 400):
+        raw["added_tokens"].append({"id": i, "content": name, "special": True, "lstrip": False, "rstrip": False,
+                                    "single_word": False, "normalized": False})  # fmt: skip
+    tokenizer = Tokenizer(raw, {"bos_token": "<|endoftext|>", "chat_template": source})
+    asked = {"role": "user", "content": "Capital of Peru?"}
+    item = tasks.Item(Conversation((asked,)), 0, ("Lima", " is it", "\n6 "))
+    (prompt, _), *_ = pairs = list(tasks._pairs(tokenizer, item, False))
+    for choice, (before, behind) in zip(item.choices, pairs, strict=True):
+        told = {"role": "assistant", "content": choice.strip()}
+        ids, learned = chat.encode(tokenizer, Conversation((asked, told)))
+        end = len(ids) - 1 - learned[::-1].index(True)
+        assert before == prompt
+        assert [*before, *behind] == ids[:end]
+        assert not any(learned[: len(prompt)]) and all(learned[len(prompt) : end])
+
+
+def test_a_choice_is_asked_where_a_template_hides_how_it_would_be_trained(loaded: Any) -> None:
+    hides = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = Tokenizer(dict(loaded[1].raw), {**loaded[1].config, "chat_template": hides})
+    ((before, behind),) = tasks._pairs(tokenizer, tasks.Item("The capital", 0, (" Lima",)), True)
+    assert before == chat.encode(tokenizer, tasks._asked("The capital"), reply=True).ids
+    assert behind == tokenizer.encode("Lima")
+
+
+def test_a_choice_that_cannot_be_scored_is_named(loaded: Any, tmp_path: Path) -> None:
+    record = CHOICE | {"choices": ["Rome.", "is of " * 60]}
+    with pytest.raises(
+        ValueError, match=r"task\.jsonl: question 2: the choice 'is of is of .* is 1\d\d tokens; expected"
+    ):
+        asked(loaded, tmp_path, CHOICE, record)
+
+
+def test_numbers_that_are_no_numbers_are_no_answers(loaded: Any, tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    wild = GPT(model.config).eval()
+    with torch.no_grad():
+        for parameter in wild.parameters():
+            parameter.fill_(math.nan)
+    for record in (CHOICE, EXACT):
+        with pytest.raises(FloatingPointError, match="the weights give numbers that are not finite"):
+            asked((wild, tokenizer), tmp_path, record)
 
 
 def test_a_control_token_in_a_question_is_text(loaded: Any, tmp_path: Path) -> None:

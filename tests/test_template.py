@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from jinja2.exceptions import SecurityError
+from templates import QWEN3
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gpt.template import FIRST_MARK, Budget, Template
@@ -123,6 +124,9 @@ def test_what_is_looked_for_in_a_text_is_looked_for_as_text() -> None:
 
 ENDLESS = "it loops, or its text grows, without end"
 GROW = "{% set ns = namespace(x='aaaaaaaa', y=[1], z=7) %}{% for i in range(60) %}BODY{% endfor %}"
+AGAIN = "{% for i in range(9000) %}BODY{% endfor %}"
+MANY = "{% set many = range(50000) | list %}"
+POWERS = "{% set a = 2 ** 400000 %}{% set b = 2 ** 200000 - 1 %}"
 STOPPED = {
     "loops in loops": ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", ENDLESS),
     "a long text in a loop": ("{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}", ENDLESS),
@@ -133,7 +137,19 @@ STOPPED = {
     "a sum of texts": (GROW.replace("BODY", "{% set ns.x = ns.x + ns.x %}"), ENDLESS),
     "joined texts": (GROW.replace("BODY", "{% set ns.x = ns.x ~ ns.x %}"), ENDLESS),
     "a block of text": (GROW.replace("BODY", "{% set t %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = t %}"), ENDLESS),
-    "lists in lists": (GROW.replace("BODY", "{% set ns.y = [ns.y, ns.y] %}"), ENDLESS),
+    "lists in lists": (GROW.replace("BODY", "{% set ns.y = [ns.y, ns.y] %}") + "{{ ns.y }}", ENDLESS),
+    "namespaces in namespaces": (
+        GROW.replace("BODY", "{% set ns.y = namespace(a=ns.y, b=ns.y) %}") + "{{ ns.y }}",
+        ENDLESS,
+    ),
+    "a namespace again and again": (
+        "{% set ns = namespace(x='a' * 300000) %}{% for i in range(9000) %}{{ ns }}{% endfor %}",
+        ENDLESS,
+    ),
+    "what is in a dictionary": (
+        GROW.replace("BODY", "{% set ns.y = {1: ns.y, 2: ns.y}.values() %}") + "{{ ns.y }}",
+        ENDLESS,
+    ),
     "dictionaries": (GROW.replace("BODY", "{% set ns.y = dict(a=ns.y, b=ns.y) %}"), ENDLESS),
     "sums of lists": (GROW.replace("BODY", "{% set ns.y = [ns.y] + [ns.y] %}") + "{{ ns.y == ns.y }}", ENDLESS),
     "replacing": ("{% set s = range(9999) | join %}{{ s.replace('1', s).replace('2', s) }}", ENDLESS),
@@ -147,6 +163,52 @@ STOPPED = {
         "{% set s = range(99999) | join %}{% for i in range(99999) %}{{ 'zzz' in s }}{% endfor %}",
         ENDLESS,
     ),
+    "a loop whose rounds are all left out": (
+        "{% set r = range(99999) %}" + AGAIN.replace("BODY", "{% for x in r if false %}{% endfor %}"),
+        ENDLESS,
+    ),
+    "a test of a long list": (MANY + AGAIN.replace("BODY", "{% if 1.5 is in(many) %}{% endif %}"), ENDLESS),
+    "a test of letters": (MANY + AGAIN.replace("BODY", "{% if many is lower %}{% endif %}"), ENDLESS),
+    "a test of every item": (MANY + "{{ range(99999) | map('float') | select('in', many) | list }}", ENDLESS),
+    "equal lists": (MANY + AGAIN.replace("BODY", "{% if many == range(50000) | list %}{% endif %}"), ENDLESS),
+    "a key that is long": (
+        "{% macro f() %}" + AGAIN.replace("BODY", "{% set x = {}[varargs] %}") + "{% endmacro %}{{ f(*range(50000)) }}",
+        ENDLESS,
+    ),
+    "many arguments": (
+        MANY + "{% macro f() %}{{ varargs | length }}{% endmacro %}" + AGAIN.replace("BODY", "{{ f(*many) }}"),
+        ENDLESS,
+    ),
+    "parts of a text that are kept": (
+        "{% set ns = namespace(y=none) %}{% set long = 'a' * 300000 %}"
+        + AGAIN.replace("BODY", "{% set ns.y = namespace(before=ns.y, x=long[1:]) %}"),
+        ENDLESS,
+    ),
+    "the greatest by what it has": (
+        "{% set n = namespace(x=range(20000) | list) %}{% set m = namespace(x=range(20000) | list) %}"
+        "{{ ([n, m] * 20000) | max(attribute='x') }}",
+        ENDLESS,
+    ),
+    "a division": (POWERS + AGAIN.replace("BODY", "{% set x = a // b %}"), ENDLESS),
+    "a test of a division": (POWERS + AGAIN.replace("BODY", "{% if a is divisibleby(b) %}{% endif %}"), ENDLESS),
+    "replacing by named arguments": ("{{ ('1' * 90000) | replace(new='a' * 100000, old='1') }}", ENDLESS),
+    "replacing in a list": ("{{ ([1] * 90000) | replace('1', 'a' * 100000) }}", ENDLESS),
+    "joining by named arguments": ("{{ ([1] * 90000) | join(attribute='a', d='a' * 100000) }}", ENDLESS),
+    "JSON that is deep and indented": (
+        "{% set ns = namespace(x=range(20000) | list) %}{% for i in range(40) %}{% set ns.x = [ns.x] %}{% endfor %}"
+        "{{ ns.x | tojson(indent=16) }}",
+        ENDLESS,
+    ),
+    "JSON with long separators": ("{{ [1] | tojson(separators=('a' * 17, ':')) }}", "by more than sixteen characters"),
+    "an indent that is written out": ("{{ 'a' | indent('b' * 2000) }}", "indents by more than a thousand"),
+    "a number with many digits": ("{{ 1 | round(1000000000, 'ceil') }}", "rounds to more than a thousand"),
+    "a number without digits": ("{{ 1 | round(-1000000000) }}", "rounds to more than a thousand"),
+    "a sum of lists": ("{{ range(60000) | batch(1) | sum(start=[]) }}", "sums what is no number"),
+    "an attribute of many parts": (
+        "{{ range(9) | map(attribute='a.' * 1000 + 'a', default={}) | list }}",
+        "an attribute of more than 16 parts",
+    ),
+    "a dictionary behind its view": ("{{ {}.items().mapping }}", "reaches for 'mapping' of a dict_items"),
     "macros that branch": (
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         ENDLESS,
@@ -206,10 +268,11 @@ def test_a_template_that_misbehaves_is_stopped_soon_and_in_words(case: str) -> N
         ("{% for m in messages %}{{ m", "line 1: unexpected end of template"),
         ("{{ 1 | nosuch }}", "No filter named 'nosuch'"),
         ("{{ 'a' | center(1000000000) }}", "No filter named 'center'"),
-        ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "nested, without end"),
+        ("{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "nested, without end"),
         ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "nested, without end"),
         ("{{ " + "[" * 300 + "]" * 300 + " }}", "nested"),
         ("x" * (1 << 21), "2,097,152 characters"),
+        ("{{ a }}" * 30_000, "210,000 characters"),
     ],
 )
 def test_what_is_no_template_is_refused_before_it_is_used(source: str, words: str) -> None:
@@ -227,6 +290,7 @@ def test_what_is_no_template_is_refused_before_it_is_used(source: str, words: st
         ("{{ lipsum(n=1000000) }}", "fails on this conversation: 'lipsum' is undefined"),
         ("{{ 'a' + 1 }}", "fails on this conversation: can only concatenate"),
         ("{{ 1 / 0 }}", "fails on this conversation: division by zero"),
+        ("{{ raise_exception('\x1b[2Jx') }}", "refuses this conversation: \ufffd\\[2Jx"),
     ],
 )
 def test_what_a_template_cannot_render_is_said_in_words(source: str, words: str) -> None:
@@ -249,6 +313,20 @@ def test_a_long_conversation_is_not_mistaken_for_a_loop_without_end() -> None:
     size = sum(len(message["content"]) for message in messages)
     text = Template(source, (), {}, ROLES).render(messages, [], reply=False, now=NOW, n_characters=size)
     assert len(text) == size
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        QWEN3,
+        "{% for m in messages %}{{ messages | length - loop.index0 }}{{ (messages | last).role }}{% endfor %}",
+        "{% for m in messages %}{{ messages[: loop.index] | length }}{% set rest = messages + [m] %}{% endfor %}",
+    ],
+)
+def test_a_template_may_look_at_the_list_of_messages_at_each_of_them(source: str) -> None:
+    messages = [{"role": role, "content": "word " * 100} for role in ("user", "assistant")] * 300
+    size = sum(len(message["content"]) for message in messages)
+    assert Template(source, (), {}, ROLES).render(messages, [], reply=False, now=NOW, n_characters=size)
 
 
 def test_a_budget_counts_everything_inside_a_value() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from gpt import tokenizer as tokenizers
@@ -359,6 +361,19 @@ def test_any_ids_come_back(ids: Tokenizer, some: list[int]) -> None:
     text = " ".join(map(str, some))
     assert ids.encode(text) == some
     assert ids.decode(some) == text
+
+
+def test_a_stream_survives_bytes_that_form_no_character() -> None:
+    """The library's own stream raises there, once letters follow; a model may write such bytes at any time."""
+    names = [*(f"<0x{byte:02X}>" for byte in range(256)), "C"]
+    backend = Backend(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = draw.choices([*range(128, 256), *[256] * 100, *b"abc" * 30], k=12)
+        stream = tokenizers.Stream(backend)
+        text = "".join(stream.push(token) or "" for token in ids) + stream.flush()
+        assert text.count("C") == ids.count(256)
 
 
 def test_a_stream_of_ids_goes_on_after_its_prompt(ids: Tokenizer) -> None:

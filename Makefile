@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help quickstart test test-full check clean
+.PHONY: help quickstart test test-full prove check clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,10 +17,13 @@ quickstart: .venv/.installed ## set everything up, train a small Python-writing 
 	done
 
 test: .venv/.dev ## set everything up and run the tests (minutes)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: .venv/.dev ## the slow proofs too
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+prove: .venv/.dev ## try to break every promise of docs/reliability.md (about an hour); a table of what survived
+	$(BIN)/python tests/prove.py
 
 check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
     python train.py configs/quickstart.yaml [section.key=value ...]
 
-The same command continues a run that was stopped. A missing data set is prepared first if data/ holds its recipe.
+The same command continues a run that was stopped; settings that it may change then are named with --allow. A missing data
+set is prepared first if data/ holds its recipe.
 """
 
 import argparse
@@ -22,6 +23,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--fresh", action="store_true", help="start NAME-2 beside an existing run instead of continuing it"
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let a run that goes on change this setting, like optim.lr (may be given again; recorded with its step)",
+    )
+    parser.add_argument(
+        "--check-resume",
+        action="store_true",
+        help="prove on this machine that stopping changes nothing: 10 steps against 5 and 5; exit 0 if so, 1 if not",
+    )
     parser.add_argument("--print", action="store_true", help="print the settings, defaults included, and stop")
     parser.add_argument(
         "--keys",
@@ -29,6 +42,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         const="",
         metavar="PREFIX",
         help="print every setting with type, default and meaning, and stop",
+    )
+    parser.add_argument(
+        "--wait-lock",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long for a process that still holds the run, as one that is just being stopped",
     )
     parser.add_argument("--plan", action="store_true", help="print what each way of training needs of memory, and stop")
     parser.add_argument(
@@ -40,15 +60,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unknown flag {unknown[0]}; settings have no dashes: section.key=value (--keys lists them)")
     if args.memory is not None and not args.plan:
         parser.error("--memory is what --plan fits settings into; say --plan too")
+    if args.fresh and args.allow:
+        parser.error("--fresh starts another run, which may have any settings: leave --allow out")
+    if args.check_resume and (args.fresh or args.allow):
+        parser.error("--check-resume tries the settings as they stand, beside the run: leave --fresh and --allow out")
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     args = arguments(argv)
     from rich.console import Console
     from rich.table import Table
 
-    from gpt import budget, config, memory, page, prepare
+    from gpt import budget, config, memory, page, prepare, rehearsal, runtime
     from gpt.trainer import TrainConfig, train
 
     if args.keys is not None:
@@ -56,25 +80,32 @@ def main(argv: list[str]) -> None:
         for row in config.describe(TrainConfig, args.keys):
             table.add_row(*map(str, row))
         Console().print(table)
-        return
+        return None
     if args.config is None:
         raise ValueError("name a settings file, for example: python train.py configs/quickstart.yaml")
     settings = config.load(TrainConfig, args.config, args.overrides, {"name": args.config.stem})
     if args.print:
         print(config.dump(settings), end="")
-        return
+        return None
     console = Console()
     if args.plan:
         for block in budget.blocks(settings, None if args.memory is None else memory.size(args.memory)):
             page.draw(block, console)
-        return
+        return None
     data = settings.data
     for name in [data.path] if data.path is not None else data.mixture or []:
         out, recipe = Path(name), Path(f"{name}.yaml")
         if not out.exists() and recipe.exists():
+            if runtime.world_size() > 1:  # each of them would
+                raise ValueError(
+                    f"{out} is not prepared; do that first, in one process: python data/prepare.py {recipe}"
+                )
             console.print(f"{out} is not prepared yet: python data/prepare.py {recipe}", highlight=False)
             prepare.prepare(prepare.load_recipe(recipe, []), out, console=console)
-    train(settings, fresh=args.fresh, console=console)
+    if args.check_resume:
+        return rehearsal.check(settings, console)
+    train(settings, fresh=args.fresh, allow=args.allow, wait_lock=args.wait_lock, console=console)
+    return None
 
 
 if __name__ == "__main__":

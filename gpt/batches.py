@@ -19,7 +19,6 @@ from gpt.data import (
     Data,
     DataConfig,
     Loader,
-    Pieces,
     Stream,
     evaluated_tokens,
     open_data,
@@ -28,6 +27,7 @@ from gpt.data import (
     validation_places,
 )
 from gpt.page import Bars, Block, Heading, Note, Row, Segment, Table, Token, quoted
+from gpt.places import Place, named, of_batch, openings
 from gpt.plan import TrainingConfig, fixed_steps
 from gpt.shards import Tokens
 from gpt.tokenizer import Tokenizer
@@ -69,18 +69,6 @@ def order(dataset: str | None, config: Sequence[str] | None, seq_len: int | None
         )
     steps = run.choices.steps if run.choices is not None else fixed_steps(run.train) or DRAWN_STEPS
     return Order(run.data, settle.rows(run), run.seed, steps)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a piece of a row comes from: tokens start .. start + count - 1 of `tokens` stand from `column` on."""
-
-    row: int
-    column: int
-    start: int
-    count: int
-    name: str
-    tokens: Tokens
 
 
 # One pass over a split
@@ -212,17 +200,10 @@ def of_data(
 def _training(data: Data, how: Order, step: int, n_rows: int) -> Iterator[Block]:
     loader = Loader(data, how.data, how.batch_rows, how.seed)
     batch = loader.batch(step)
-    read_from = zip(data.parts, loader.places(step), strict=True)
-    places = [place for part, pieces in read_from for place in _named(pieces, part.name, part.train)]
+    places = of_batch(loader, step)
     yield Heading(f"the batch of step {step:,}")
     yield from _rows(batch, places, data, n_rows, how)
     yield from _shares(data, loader, how)
-
-
-def _named(pieces: Pieces, name: str, tokens: Tokens) -> Iterator[Place]:
-    for row, column, start, count in np.stack(pieces, axis=1).tolist():
-        if count:
-            yield Place(row, column, start, count, name, tokens)
 
 
 def _validation(data: Data, how: Order, step: int, n_rows: int) -> Iterator[Block]:
@@ -236,7 +217,7 @@ def _validation(data: Data, how: Order, step: int, n_rows: int) -> Iterator[Bloc
                 continue
             batch = read([(tokens, pieces)], rows, row_tokens(tokens, seq_len), how.data.document_mask)
             yield Heading(f"batch {step:,} of an evaluation: {part.name}")
-            yield from _rows(batch, list(_named(pieces, part.name, tokens)), data, n_rows, how)
+            yield from _rows(batch, list(named(pieces, part.name, tokens)), data, n_rows, how)
             return
     raise ValueError(
         f"an evaluation has {step - 1 - left} batches of {how.batch_rows} rows of {seq_len} tokens, not {step}; lower --step"
@@ -267,24 +248,6 @@ def _rows(batch: Batch, places: Sequence[Place], data: Data, n_rows: int, how: O
     if shown:
         yield LEGEND
     yield from shown
-
-
-def openings(places: Sequence[Place]) -> list[tuple[int, str]]:
-    """(column, what stands from there on) of each document in a row, by column."""
-    found = []
-    for place in places:
-        starts, sources = place.tokens.document_starts, place.tokens.document_sources
-        low = max(0, int(np.searchsorted(starts, place.start, side="right")) - 1)
-        high = int(np.searchsorted(starts, place.start + place.count))
-        for document in range(low, high):
-            begins = int(starts[document])
-            source = place.tokens.sources[int(sources[document])]
-            from_inside = f", from its token {place.start - begins:,} on" if begins < place.start else ""
-            what = f"document {document:,}"
-            if place.tokens.pairs:
-                what = f"pair {document // 2:,}, {'rejected' if document % 2 else 'chosen'}"
-            found.append((place.column + max(0, begins - place.start), f"{what} ({source}){from_inside}"))
-    return found
 
 
 def segments(row: Sequence[tuple[int, Token]], padding: int, documents: Sequence[tuple[int, str]]) -> list[Segment]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt import signals, tokenizer
+from gpt import durable, signals, tokenizer
 from gpt.durable import CorruptError
 from gpt.shards import Span
 from gpt.tokenizer import UNKNOWN, Tokenizer
@@ -98,7 +98,7 @@ def _characters(file: Path) -> Tokenizer:
     """
     wrong = f'{file}: expected {{"vocab_size": N, "stoi": {{character: id, ...}}}} or "itos": [character, ...]'
     try:
-        meta = json.loads(file.read_bytes())
+        meta = json.loads(durable.plain(file).read_bytes())
         itos = meta.get("itos")
         itos = {str(i): c for i, c in enumerate(itos)} if isinstance(itos, list) else itos
         stoi = {c: int(i) for i, c in itos.items()} if isinstance(itos, dict) else dict(meta["stoi"])
@@ -132,7 +132,7 @@ def _by_split(path: Path, split: str) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for file in sorted(directory.glob("*.bin")):
         if (prefix := _name(file, split)) is not None and name in (None, prefix):
-            groups.setdefault(prefix, []).append(file)
+            groups.setdefault(prefix, []).append(durable.plain(file))
     return groups
 
 

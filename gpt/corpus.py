@@ -244,6 +244,9 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
             raise FileNotFoundError(
                 f"{place}: no file in this directory{' is left by exclude' if source.exclude else ''}"
             )
+        for each in left:
+            if each.is_symlink():  # to wherever: what stands there may be nobody's text
+                durable.plain(each)
         return [file(each, str(each), explicit=False) for each in left]
     if path.is_file():
         return [file(path, place, explicit=True)]

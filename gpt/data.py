@@ -9,7 +9,7 @@ part has epochs of its own. Nothing is kept between calls: the loader's state is
 import atexit
 import hashlib
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -425,8 +425,36 @@ def deal(weights: list[float]) -> np.ndarray:
     return quotas
 
 
+Window = tuple[int, int]  # numbers of the first and the last batch
+
+
+def merged(windows: Iterable[Sequence[int]]) -> list[Window]:
+    """The same batches as windows that ascend and do not touch."""
+    found: list[Window] = []
+    for first, last in sorted((int(first), int(last)) for first, last in windows):
+        if found and first <= found[-1][1] + 1:
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        else:
+            found.append((first, last))
+    return found
+
+
+def numbered(steps: np.ndarray, skipped: Iterable[Window]) -> np.ndarray:
+    """The numbers of the batches of these updates, where those in the windows `skipped` (as `merged` gives them) are left out."""
+    numbers = steps
+    for first, last in skipped:
+        numbers = np.where(numbers >= first, numbers + (last - first + 1), numbers)
+    return numbers
+
+
 class Loader:
-    """Training batches of `batch_rows` rows of `seq_len` tokens; `prefix`: they say which tokens belong to a prompt."""
+    """Training batches of `batch_rows` rows of `seq_len` tokens; `prefix`: they say which tokens belong to a prompt.
+
+    `skipped` are windows of batches that no update reads, because numbers went wrong in them: a recorded part of the order
+    of data, which may be set between two calls.
+    """
+
+    skipped: Sequence[Window] = ()
 
     def __init__(self, data: Data, config: DataConfig, batch_rows: int, seed: int, *, prefix: bool = False) -> None:
         self.parts, self.config, self.batch_rows = data.parts, config, batch_rows
@@ -463,12 +491,20 @@ class Loader:
 
     def sources_of(self, step: int) -> list[str]:
         """The name of the part that each row of that batch comes from."""
-        index = (step - 1) * self.batch_rows + np.arange(self.batch_rows)
-        return [self.parts[i].name for i in self._component[index % CYCLE].tolist()]
+        return [self.parts[i].name for i in self._component[self._rows_of(step) % CYCLE].tolist()]
 
     def places(self, step: int) -> list[Pieces]:
         """Where the rows of that batch stand, for each part."""
-        return self._places((step - 1) * self.batch_rows + np.arange(self.batch_rows))
+        return self._places(self._rows_of(step))
+
+    def number(self, step: int) -> int:
+        """The number of the batch of that update: without skipped windows it is the step."""
+        return int(numbered(np.array([step]), self.skipped)[0])
+
+    def _rows_of(self, first: int, n: int = 1) -> np.ndarray:
+        """The numbers of the rows of `n` updates from `first` on; they ascend."""
+        numbers = numbered(np.arange(first, first + n), self.skipped)
+        return ((numbers - 1)[:, None] * self.batch_rows + np.arange(self.batch_rows)).reshape(-1)
 
     def epochs(self, steps: int) -> list[tuple[str, float]]:
         """How often each part is read in that many updates."""
@@ -481,8 +517,8 @@ class Loader:
         ahead = max(1, AHEAD_ROWS // self.batch_rows)
         at_once = max(1, AHEAD_TOKENS // (self.batch_rows * self.seq_len))
         for step in range(first, last + 1, ahead):
-            n_rows = min(ahead, last + 1 - step) * self.batch_rows
-            places = self._places((step - 1) * self.batch_rows + np.arange(n_rows))
+            n_steps = min(ahead, last + 1 - step)
+            n_rows, places = n_steps * self.batch_rows, self._places(self._rows_of(step, n_steps))
             for low in range(0, n_rows, at_once * self.batch_rows):
                 high = min(low + at_once * self.batch_rows, n_rows)
                 parts = [

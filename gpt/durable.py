@@ -12,7 +12,8 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 BLOCK = 1 << 20
+POLL_S = 0.1  # between two looks at a lock that is waited for
 TEMPORARY = re.compile(r"\..+\.tmp-[0-9]+-[0-9a-f]{8}")
 
 
@@ -71,11 +73,18 @@ def write_file(path: Path, chunks: bytes | Iterable[bytes | memoryview]) -> str:
 
 
 class Directory:
-    """Build a directory under a temporary name; it appears at `path`, new, when the `with` block ends well."""
+    """Build a directory under a temporary name; it appears at `path`, new, when the `with` block ends well.
 
-    def __init__(self, path: Path) -> None:
+    Other processes may write into it: they are told `temporary`, its name until then, and use no `with`.
+    """
+
+    def __init__(self, path: Path, temporary: str | None = None) -> None:
         self.path = path
-        self._temporary = _temporary(path)
+        self._temporary = _temporary(path) if temporary is None else path.with_name(temporary)
+
+    @property
+    def temporary(self) -> str:
+        return self._temporary.name
 
     def __enter__(self) -> Self:
         if self.path.exists():
@@ -146,9 +155,30 @@ def sweep(parent: Path) -> None:
             _discard(path)
 
 
+def scratch(directory: Path, name: str) -> Path:
+    """A new name in `directory`, which a sweep deletes if the process that uses it dies."""
+    return _temporary(directory / name)
+
+
 def is_plain(name: str) -> bool:
-    """Whether `name` is a file of its directory: no separator, no parent, not hidden."""
-    return name != "" and Path(name).name == name and not name.startswith(".")
+    """Whether `name` is a file of its directory: no separator, no parent, not hidden, and a name that a file can have."""
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:  # half a character
+        return False
+    return 0 < size < 256 and "\0" not in name and Path(name).name == name and not name.startswith(".")
+
+
+def plain(file: Path) -> Path:
+    """`file`, which was found in a directory, if it is a file of its own or the hub's cache has it, where a snapshot links
+    to blobs beside it. ValueError for any other link, FileNotFoundError for what is no file.
+    """
+    blobs = file.absolute().parents[2] / "blobs" if len(file.absolute().parents) > 2 else file
+    if file.is_symlink() and (blobs.is_symlink() or file.resolve().parent != blobs.resolve()):
+        raise ValueError(f"{file}: is a symbolic link, which is not followed; copy the file itself here (cp -L)")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    return file
 
 
 def sha256_file(path: Path) -> str:
@@ -170,11 +200,21 @@ def check_space(directory: Path, n_bytes: int) -> None:
 class Lock:
     """One process at a time: an flock on `path`, held until released or the process ends, however it ends.
 
-    Those that ask for it `shared` may hold it together, and no other with them.
+    Those that ask for it `shared` may hold it together, and no other with them. One that is held is waited for up to
+    `wait_s`, with `meanwhile` called now and then.
     """
 
-    def __init__(self, path: Path, what: str, *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        what: str,
+        *,
+        shared: bool = False,
+        wait_s: float = 0.0,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        patient_until = time.monotonic() + wait_s
         while True:
             make_directory(path.parent)
             try:
@@ -186,7 +226,12 @@ class Lock:
             except BlockingIOError:
                 holder = self._holder()
                 self._file.close()
-                raise ValueError(f"{what} is in use by {holder}") from None
+                if time.monotonic() < patient_until:
+                    meanwhile()
+                    time.sleep(POLL_S)
+                    continue
+                waited = f" (waited {wait_s:g} s)" if wait_s else ""
+                raise ValueError(f"{what} is in use by {holder}{waited}") from None
             except OSError as error:
                 self._file.close()
                 raise ValueError(f"{path} cannot be locked ({error.strerror}); use a disk of this machine") from None

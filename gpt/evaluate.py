@@ -85,7 +85,7 @@ if __name__ == "__main__":
     signals.run(main)  # does not return: --help answers before the rest of this file, which loads torch, is read
 
 import math  # noqa: E402
-from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence  # noqa: E402
 from dataclasses import asdict, dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -96,11 +96,20 @@ from pydantic import Field  # noqa: E402
 
 from gpt import checkpoint, config, hf, page, runtime, tasks, texts  # noqa: E402
 from gpt.config import Count, Settings  # noqa: E402
-from gpt.data import IGNORED, Data, DataConfig, evaluated_bytes, evaluated_tokens, open_data, validation_batches  # noqa: E402
+from gpt.data import IGNORED, Batch, Data, DataConfig, evaluated_bytes, evaluated_tokens, open_data, validation_batches  # noqa: E402
 from gpt.loss import NextToken, Preferences  # noqa: E402
 from gpt.shards import Tokens  # noqa: E402
 from gpt.tokenizer import Tokenizer  # noqa: E402
 from gpt.views import by_source  # noqa: E402
+
+Work = Callable[[Batch], list[float]]
+
+
+def one_by_one(batches: Iterable[Batch], work: Work) -> Iterator[list[float]]:
+    """What `work` finds of each batch, in order; signals.Stopped between batches when asked to stop."""
+    for batch in batches:
+        signals.check()
+        yield work(batch)
 
 
 class EvalConfig(Settings):
@@ -175,27 +184,30 @@ def evaluate(
     dtype: str,
     document_mask: bool = False,
     prefix: bool = False,
+    dealt: Callable[[Iterable[Batch], Work], Iterator[list[float]]] = one_by_one,
 ) -> Evaluation:
     """Score every target of each part (or of its first documents) once, delimiters included; the mode stays.
 
     Where only some tokens are learned (`shards.Span`), the bytes are those that the learned ones stand for.
-    Raises signals.Stopped between batches when asked to stop.
+    Raises signals.Stopped between batches when asked to stop. `dealt`: by whom batches are computed.
     """
     was_training = objective.training
     objective.eval()
     each = limits(parts, config.tokens)
     nats, n_targets, n_bytes = dict.fromkeys(parts, 0.0), 0, dict.fromkeys(parts, 0)
+
+    def score(batch: Batch) -> list[float]:
+        learned = batch.targets[batch.targets != IGNORED].numpy()
+        with runtime.autocast(device, dtype):
+            total = float(objective(*(x.to(device) for x in batch.given)))
+        return [total, len(learned), int(tokenizer.byte_lengths[learned].sum()) if tokens.has_spans else 0]
+
     for name, tokens in parts.items():
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix):
-            signals.check()
-            n_targets += batch.n_targets
-            if tokens.has_spans:
-                learned = batch.targets[batch.targets != IGNORED].numpy()
-                n_bytes[name] += int(tokenizer.byte_lengths[learned].sum())
-            with runtime.autocast(device, dtype):
-                total += objective(*(x.to(device) for x in batch.given)).cpu().double()
-        nats[name] = float(total)
+        batches = validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix)
+        for total, n_learned, n_learned_bytes in dealt(batches, score):
+            nats[name] += total
+            n_targets += int(n_learned)
+            n_bytes[name] += int(n_learned_bytes)
         if not tokens.has_spans:
             n_bytes[name] = evaluated_bytes(tokens, each[name])
     objective.train(was_training)
@@ -236,23 +248,28 @@ def prefer(
     dtype: str,
     document_mask: bool = True,
     prefix: bool = False,
+    dealt: Callable[[Iterable[Batch], Work], Iterator[list[float]]] = one_by_one,
 ) -> Preferred:
     """Score each pair of the parts (or of their first ones) once; the mode stays.
 
-    Raises signals.Stopped between batches when asked to stop.
+    Raises signals.Stopped between batches when asked to stop. `dealt`: by whom batches are computed.
     """
     was_training = objective.training
     objective.eval()
     each = limits(parts, config.tokens)
     sums = torch.zeros(4, dtype=torch.float64)  # loss, right ones, margins, pairs
+
+    def score(batch: Batch) -> list[float]:
+        with runtime.autocast(device, dtype):
+            rewards, there = objective.rewards(*(x.to(device) for x in batch.given))
+        margins = (rewards[:, 0] - rewards[:, 1])[there]
+        found = (objective.losses(rewards)[there], margins > 0, margins, there)
+        return torch.stack([x.double().sum() for x in found]).tolist()
+
     for name, tokens in parts.items():
-        for batch in validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix):
-            signals.check()
-            with runtime.autocast(device, dtype):
-                rewards, there = objective.rewards(*(x.to(device) for x in batch.given))
-            margins = (rewards[:, 0] - rewards[:, 1])[there]
-            found = (objective.losses(rewards)[there], margins > 0, margins, there)
-            sums += torch.stack([x.double().sum().cpu() for x in found])
+        batches = validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix)
+        for found in dealt(batches, score):
+            sums += torch.tensor(found, dtype=torch.float64)
     objective.train(was_training)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the validation loss is {sums[0]}: the weights give numbers that are not finite")

@@ -70,11 +70,12 @@ from pydantic import ValidationError  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from gpt import adapters, checkpoint, durable, families, quantize, run, tensors  # noqa: E402
+from gpt import adapters, checkpoint, durable, families, quantize, run, slices, tensors  # noqa: E402
 from gpt.adapters import AdapterConfig  # noqa: E402
-from gpt.durable import CorruptError  # noqa: E402
+from gpt.durable import CorruptError, plain  # noqa: E402
 from gpt.model import GPT, ModelConfig  # noqa: E402
 from gpt.run import PICKLES  # noqa: E402
+from gpt.slices import Slice  # noqa: E402
 from gpt.tokenizer import Tokenizer  # noqa: E402
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -94,23 +95,53 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
     return {"config.json": _json(raw), "generation_config.json": _json(ids), **tokenizer.files()}
 
 
-def to_disk(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by what the class in config.json calls them; copied only where it also stores them in another form.
+def places(config: ModelConfig, names: Iterable[str]) -> dict[str, families.Place]:
+    """Where a parameter stands in memory, by what the class in config.json calls it. A tied head is stored once, the embedding."""
+    return families.places(families.family_of(config), config, names)
 
-    A tied head is stored once, as the embedding.
-    """
-    places = families.places(families.family_of(config), config, state)
-    return {name: families.pack(place, state) for name, place in places.items()}
+
+def to_disk(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by what the class in config.json calls them; copied only where it also stores them in another form."""
+    return {name: families.pack(place, state) for name, place in places(config, state).items()}
 
 
 def from_disk(config: ModelConfig, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_disk`: a whole state dict."""
-    names = _shapes(config).state_dict()
-    places = families.places(families.family_of(config), config, names)
     state = {
-        name: part for disk, place in places.items() for name, part in families.unpack(place, stored[disk]).items()
+        name: part
+        for disk, place in places(config, _shapes(config).state_dict()).items()
+        for name, part in families.unpack(place, stored[disk]).items()
     }
     return state | ({"lm_head.weight": state["model.embed_tokens.weight"]} if config.tie_embeddings else {})
+
+
+def fill(config: ModelConfig, path: Path, blocks: Mapping[str, Slice]) -> None:
+    """Fill `blocks` of parameters, named as in memory, from the weights in `path`, a verified checkpoint of this shape.
+
+    No more of a file is read than they hold, but for the rare tensors whose rows stand in another order on disk.
+    """
+    shapes = _shapes(config).state_dict()
+    found = _stored(path, families.family_of(config))
+    _check_tensors(path, {disk: tensor.shape for disk, tensor in to_disk(config, shapes).items()}, found)
+    for disk, place in places(config, shapes).items():
+        stored, row = slices.undivided(found[disk]), 0
+        for name in place.memory:
+            if (block := blocks.get(name)) is not None:
+                _fill_block(block, stored, place, name, row)
+            row += len(shapes[name])
+
+
+def _fill_block(block: Slice, stored: slices.Parts, place: families.Place, name: str, row: int) -> None:
+    """Fill `block` of the parameter `name`, whose first row is `row` of what is stored."""
+    (first, *others), shape = block.offset, tuple(block.tensor.shape)
+    offset = (row + first, *others)
+    if place.heads is not None:
+        whole = families.unpack(place, slices.read(stored))[name]
+        block.tensor.detach().copy_(block.cut(whole))
+    elif place.transposed:
+        block.tensor.detach().copy_(slices.read(stored, (offset[::-1], shape[::-1])).t())
+    else:
+        slices.read(stored, (offset, shape), block.tensor)
 
 
 def load(path: Path) -> tuple[GPT, Tokenizer]:
@@ -161,7 +192,7 @@ def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer in `path`; ValueError if a link stands among its files, or if it has more ids than the model."""
     for file in path.iterdir():
         if file.is_symlink() and file.suffix in TEXTS:  # a chat template would carry it into what is written next
-            _plain(file)
+            plain(file)
     tokenizer = Tokenizer.load(path)
     if config.vocab_size is None or tokenizer.size > config.vocab_size:
         raise ValueError(
@@ -327,7 +358,7 @@ def _adapter_tensors(path: Path, config: ModelConfig, adapter: AdapterConfig) ->
     """The tensors of the adapter in `path`; ValueError unless they are what `adapter` has on a model of this shape."""
     shapes = _shapes(config)
     adapters.put_on(shapes, adapter)
-    found = tensors.stored(_plain(path / checkpoint.ADAPTER))
+    found = tensors.stored(plain(path / checkpoint.ADAPTER))
     _check_tensors(path, {name: tensor.shape for name, tensor in adapters.to_peft(shapes).items()}, found)
     return found
 
@@ -402,15 +433,15 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise CorruptError(f"{index}: no 'weight_map' of tensor names to file names")
         files = sorted(set(names.values()))
-        if outside := [name for name in files if Path(name).name != name]:
+        if outside := [name for name in files if not durable.is_plain(name)]:
             raise ValueError(f"{index}: {outside[0]!r} is not a plain file name; weights must stand beside their index")
         if SINGLE in beside and SINGLE not in files:
             raise ValueError(
                 f"{path}: two sets of weights: {SINGLE}, and {INDEX} with {files[0]}; take away the one that is not meant"
             )
-        return {_plain(path / file): {name for name, its in names.items() if its == file} for file in files}
+        return {plain(path / file): {name for name, its in names.items() if its == file} for file in files}
     if single.exists():
-        return {_plain(single): None}
+        return {plain(single): None}
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise ValueError(
@@ -441,18 +472,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:ENOUGH]) + (f" and {len(names) - ENOUGH} more" if len(names) > ENOUGH else "")
 
 
-def _plain(file: Path) -> Path:
-    """`file`, if it is a file of its own, or the hub's cache has it: there a snapshot links to blobs beside it."""
-    blobs = file.absolute().parents[2] / "blobs" if len(file.absolute().parents) > 2 else file
-    if file.is_symlink() and (blobs.is_symlink() or file.resolve().parent != blobs.resolve()):
-        raise ValueError(f"{file}: is a symbolic link, which is not followed; copy the file itself here (cp -L)")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    return file
-
-
 def _read_json(file: Path) -> dict[str, Any]:
-    data = _plain(file).read_bytes()
+    data = plain(file).read_bytes()
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors, that of long numbers too

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,9 @@ WATCHER_GONE = (
     OSError,
     SystemExit,
 )  # what rich raises when the terminal or the pipe is closed: no reason to stop training
+
+
+CLOCK = ("tokens_per_second", "mfu", "elapsed_s", "peak_memory_bytes")
 
 
 class WandbConfig(Settings):
@@ -47,14 +51,23 @@ class LogConfig(Settings):
 class Log:
     """Each record is one line of metrics.jsonl and goes to the console and to wandb. A context manager.
 
+    Without `clock` the record leaves out what a clock or a memory says, and is the same for the same run anywhere.
     Only a metrics.jsonl that cannot be written raises (OSError).
     """
 
     def __init__(
-        self, run_path: Path, config: LogConfig, *, run_config: Mapping[str, Any], steps: int, console: Console
+        self,
+        run_path: Path,
+        config: LogConfig,
+        *,
+        run_config: Mapping[str, Any],
+        steps: int,
+        console: Console,
+        clock: bool = True,
     ) -> None:
-        self._steps, self._console = steps, console
-        self._file = (run_path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._steps, self._console, self._unsaid = steps, console, () if clock else CLOCK
+        self._path = run_path / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
         self._wandb = None if config.wandb is None else Wandb(run_path, config.wandb, run_config, self.note)
         columns = BarColumn(40), TextColumn("{task.completed}/{task.total}")
         # No refresh thread: it would take its share of the cores from training.
@@ -127,6 +140,12 @@ class Log:
             f"step {step}/{self._steps}  sample\n" + "\n".join(f"  | {line}" for line in text.strip("\n").split("\n"))
         )
 
+    def finding(self, step: int, about: str, text: str) -> None:
+        """Record what is wrong with the training, its likely cause and what to set."""
+        self._record("doctor", step, {"about": about, "text": text})
+        first, *others = text.split("\n")
+        self.note("\n".join([f"step {step}/{self._steps}  {first}", *(f"  | {line}" for line in others)]))
+
     def note(self, text: str) -> None:
         """A line for people only. Control characters, which a model can write too, do not reach the terminal."""
         shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
@@ -134,11 +153,16 @@ class Log:
             self._console.print(Text(shown), soft_wrap=True)
 
     def sync(self) -> None:
-        """What was recorded so far is on the disk when this returns."""
-        self._file.flush()
+        """What was recorded so far is on the disk when this returns; any thread may ask, since each line is flushed at once."""
         os.fsync(self._file.fileno())
 
+    def reopen(self) -> None:
+        """Go on in the file that stands there now."""
+        self._file.close()
+        self._file = self._path.open("a", encoding="utf-8")
+
     def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in values.items() if name not in self._unsaid}
         line = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
         self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -155,6 +179,31 @@ class Log:
         else:
             steps_per_s = (step - self._first[0]) / max(now - self._first[1], 1e-9)
         return (self._steps - step) / steps_per_s if steps_per_s > 0 else math.inf
+
+
+class Silence(Log):
+    """What ranks past the first say."""
+
+    def __init__(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def close(self, *, failed: bool = False) -> None: ...
+
+    def train(self, step: int, **values: Any) -> None: ...
+
+    def eval(self, step: int, **values: Any) -> None: ...
+
+    def sample(self, step: int, **values: Any) -> None: ...
+
+    def finding(self, step: int, about: str, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def reopen(self) -> None: ...
 
 
 def _finite(value: Any) -> Any:
@@ -219,6 +268,8 @@ class Wandb:
         state: dict[str, Any] = {"id": secrets.token_hex(4), "sent": {}}
         if self._path.exists():
             state = json.loads(self._path.read_bytes())
+        if not re.fullmatch(r"[\w-]{1,64}", str(state["id"]), re.ASCII):  # it becomes part of a path
+            raise ValueError(f"{self._path} holds no id of a run; delete it to begin a new one there")
         self._id, self._sent = str(state["id"]), dict(state["sent"])
         self._keep()
         silence = {"silent": True, "console": "off", "init_timeout": 30, "finish_timeout": 60}

@@ -90,6 +90,29 @@ def n_terms(config: ObjectiveConfig, batch: Batch) -> int:
     return len((row + batch.doc_ids)[:, chosen][batch.targets[:, chosen] != IGNORED].unique())
 
 
+class Whole:
+    """The head's rows are all here; `parallel.Split` is the other kind."""
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Those of the head's rows that are here."""
+        return weight
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Of (N, rows here), over the whole vocabulary."""
+        return logits.log_softmax(dim=-1)
+
+    def find(self, targets: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(row here of each of these ids (N, 1), 1 where it is here and 0 where the row stands for another)."""
+        return targets, torch.ones_like(like[:, :1])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Of what those found who hold the rows."""
+        return x
+
+
+WHOLE = Whole()
+
+
 def _sweep(
     x: Tensor,
     w: Tensor,
@@ -98,10 +121,11 @@ def _sweep(
     weights: Tensor | None,
     grad_x: Tensor | None,
     grad_w: Tensor | None,
+    vocabulary: Whole = WHOLE,
 ) -> Tensor:
     """(N,) nats of each target, 0 where IGNORED; the gradient of their sum, or that by `weights` (N,), into grad_x, grad_w.
 
-    In fp32, or in float64 where the features are.
+    In fp32, or in float64 where the features are. Where some rows of the head are elsewhere grad_x is this part's share.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     nats = torch.empty(len(x), dtype=exact, device=x.device)
@@ -116,10 +140,11 @@ def _sweep(
         if softcap is not None:
             bent = torch.tanh(logits / softcap)
             logits, slope = softcap * bent, slope * (1 - bent.square())
-        log_p = logits.log_softmax(dim=-1)
-        nats[here] = torch.where(trained, -log_p.gather(1, index)[:, 0], 0)
+        log_p = vocabulary.log_softmax(logits)
+        index, found = vocabulary.find(index, log_p)
+        nats[here] = torch.where(trained, -vocabulary.sum(log_p.gather(1, index) * found)[:, 0], 0)
         if grad_x is not None or grad_w is not None:
-            grad = log_p.exp().scatter_add(1, index, torch.full_like(log_p[:, :1], -1.0))
+            grad = log_p.exp().scatter_add(1, index, -found)
             grad = (grad * slope).to(x.dtype)
             if grad_x is not None:
                 grad_x[here] = grad @ w
@@ -150,21 +175,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
         train: bool,
+        vocabulary: Whole = WHOLE,
     ) -> Tensor:
         x, w = features.to(dtype), weight.to(dtype)
         grads = _gradients(x, weight, train and features.requires_grad, train and weight.requires_grad)
-        nats = _sweep(x, w, targets, softcap, None, *grads)
+        nats = _sweep(x, w, targets, softcap, None, *grads, vocabulary)
         ctx.save_for_backward(*grads)
         ctx.dtypes = features.dtype, weight.dtype
         return nats.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         for_x = None if grad_x is None else (grad_x * grad_total).to(x_dtype)
         for_w = None if grad_w is None else (grad_w * grad_total).to(w_dtype)
-        return for_x, for_w, None, None, None, None
+        return for_x, for_w, None, None, None, None, None
 
 
 class ChunkedNats(torch.autograd.Function):
@@ -182,22 +208,23 @@ class ChunkedNats(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
         train: bool,
+        vocabulary: Whole = WHOLE,
     ) -> Tensor:
         if train:
             ctx.save_for_backward(features, weight, targets)
-            ctx.how = softcap, dtype
-        return _sweep(features.to(dtype), weight.to(dtype), targets, softcap, None, None, None)
+            ctx.how = softcap, dtype, vocabulary
+        return _sweep(features.to(dtype), weight.to(dtype), targets, softcap, None, None, None, vocabulary)
 
     @staticmethod
-    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         features, weight, targets = ctx.saved_tensors
-        softcap, dtype = ctx.how
+        softcap, dtype, vocabulary = ctx.how
         x, w = features.to(dtype), weight.to(dtype)
         grad_x, grad_w = _gradients(x, weight, *ctx.needs_input_grad[:2])
-        _sweep(x, w, targets, softcap, grad_nats, grad_x, grad_w)
+        _sweep(x, w, targets, softcap, grad_nats, grad_x, grad_w, vocabulary)
         for_x = None if grad_x is None else grad_x.to(features.dtype)
         for_w = None if grad_w is None else grad_w.to(weight.dtype)
-        return for_x, for_w, None, None, None, None
+        return for_x, for_w, None, None, None, None, None
 
 
 def _headed(
@@ -208,14 +235,15 @@ def _headed(
     positions: Tensor | None,
     doc_ids: Tensor | None,
     prefix: Tensor | None,
+    vocabulary: Whole = WHOLE,
 ) -> Tensor:
     """What `head` makes of the model's features of these rows and the targets, in autocast's dtype."""
     features = model.features(tokens, positions, doc_ids, prefix=prefix).flatten(0, 1)
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
-    weight, softcap = model.lm_head.weight, model.config.logit_softcap
+    weight, softcap = vocabulary.rows(model.lm_head.weight), model.config.logit_softcap
     with torch.autocast(device, enabled=False):
-        return head.apply(features, weight, targets.flatten(), softcap, dtype, torch.is_grad_enabled())
+        return head.apply(features, weight, targets.flatten(), softcap, dtype, torch.is_grad_enabled(), vocabulary)
 
 
 class NextToken(nn.Module):
@@ -229,6 +257,7 @@ class NextToken(nn.Module):
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
+        self.vocabulary = WHOLE  # who holds the head's rows
 
     def forward(
         self,
@@ -238,7 +267,8 @@ class NextToken(nn.Module):
         doc_ids: Tensor | None = None,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        return _headed(ChunkedCrossEntropy, self.model, tokens, targets, positions, doc_ids, prefix)
+        given = tokens, targets, positions, doc_ids, prefix
+        return _headed(ChunkedCrossEntropy, self.model, *given, self.vocabulary)
 
 
 def nats(

@@ -9,7 +9,7 @@ Inside attention tensors are (B, heads, positions, D). Parameters carry the name
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import torch
@@ -189,16 +189,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, G * D, bias=bool(config.attention_bias))
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias is True)
         whole = config.qk_norm == "whole"
-        self.q_normed, self.k_normed = ((1, H * D), (1, G * D)) if whole else ((H, D), (G, D))
-        self.q_norm = norm_of(config, self.q_normed[1]) if config.qk_norm else nn.Identity()
-        self.k_norm = norm_of(config, self.k_normed[1]) if config.qk_norm else nn.Identity()
+        self.q_normed, self.k_normed = (H * D, G * D) if whole else (D, D)
+        self.q_norm = norm_of(config, self.q_normed) if config.qk_norm else nn.Identity()
+        self.k_norm = norm_of(config, self.k_normed) if config.qk_norm else nn.Identity()
         self.turn = keep if layer in config.nope_layers else rotate
 
     def project(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), rotated to their positions."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, *self.q_normed)).view(B, T, -1, self.d_head)
-        k = self.k_norm(self.k_proj(x).view(B, T, *self.k_normed)).view(B, T, -1, self.d_head)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(B, T, -1, self.d_head)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(B, T, -1, self.d_head)
         v = self.v_proj(x).view(B, T, -1, self.d_head)
         return *self.turn(q.transpose(1, 2), k.transpose(1, 2), angles), v.transpose(1, 2)
 
@@ -418,7 +418,13 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Fill every parameter in place, a pure function of (config, seed) on the CPU, whatever the model's device.
+    """Fill every parameter in place."""
+    for parameter, value in initial_weights(model, seed):
+        parameter.copy_(value)
+
+
+def initial_weights(model: GPT, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter and what it begins as, a pure function of (config, seed) on the CPU, whatever the model's device.
 
     Matrices are normal with `init_std`; the two projections back into the stream shrink with depth or start at zero
     (GPT-2, section 2.3); gains are one and biases zero.
@@ -427,10 +433,8 @@ def init_weights(model: GPT, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     output_std = {"scaled": config.init_std / math.sqrt(2 * config.n_layer), "zero": 0.0}[config.init_output]
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
+        if parameter.dim() == 1:
+            yield parameter, torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
         else:
             std = output_std if name.endswith(("o_proj.weight", "down_proj.weight")) else config.init_std
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            yield parameter, torch.randn(parameter.shape, generator=generator, device="cpu") * std

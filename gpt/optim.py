@@ -61,34 +61,69 @@ def orthogonalize(g: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+class Here:
+    """How an optimizer reaches parameters that are all here, whole; `parts.Parts` is the other kind."""
+
+    def handles(self, model: nn.Module) -> dict[Tensor, str]:
+        """What an optimizer moves, by parameter: its memory, with a gradient of its own after `take`."""
+        return {p: name for name, p in model.named_parameters()}
+
+    def take(self) -> None:
+        """Hand the gradients that the backward pass left over to the handles."""
+
+    def shape(self, handle: Tensor) -> torch.Size:
+        """Of the whole parameter."""
+        return handle.shape
+
+    def copies(self, name: str) -> int:
+        """How many ranks hold each block of a parameter."""
+        return 1
+
+    def collect(self, handles: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(handle, whole gradient) of those matrices of one shape whose update is made here; each is somewhere's."""
+        return [(handle, handle.grad) for handle in handles if handle.grad is not None]
+
+    def deal(self, handles: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+        """Each handle's part of its update; `updates` are of those that `collect` gave."""
+        return updates
+
+
+HERE = Here()
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized (Jordan et al. 2024); equal shapes are stacked: many small products become few.
 
     The step is lr * max(1, rows / cols)^0.5 as in torch.optim.Muon's "original", decay is decoupled.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, here: Here = HERE
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.here = here
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
-                shapes.setdefault(parameter.shape, []).append(parameter)
+                shapes.setdefault(self.here.shape(parameter), []).append(parameter)
             for (rows, cols), parameters in shapes.items():
-                updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                gradients = self.here.collect(parameters)
+                moved = [self._momentum(parameter, gradient, group["momentum"]) for parameter, gradient in gradients]
+                whole = list(orthogonalize(torch.stack(moved)).to(parameters[0].dtype)) if moved else []
+                updates = self.here.deal(parameters, whole)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 step_size = group["lr"] * max(1, rows / cols) ** 0.5
-                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype)), alpha=-step_size)
+                torch._foreach_add_(parameters, updates, alpha=-step_size)
 
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        assert parameter.grad is not None
+    def _momentum(self, parameter: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(buffer, momentum)
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum)
 
 
 def _torchao() -> Any:
@@ -108,9 +143,10 @@ def _torchao() -> Any:
 class Optimizer:
     """The optimizers of one model behind the few calls a trainer needs; state is keyed by parameter name."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self.parts = list(_build(self.names, config))
+    def __init__(self, model: nn.Module, config: OptimConfig, here: Here = HERE) -> None:
+        self.names: dict[Tensor, str] = {p: name for p, name in here.handles(model).items() if p.requires_grad}
+        self.here = here
+        self.parts = list(_build(self.names, config, here))
         self.around: Callable[[], AbstractContextManager[None]] = (
             runtime.uncompiled if config.state == "8bit" else nullcontext
         )
@@ -128,18 +164,35 @@ class Optimizer:
                 part.step()
             part.zero_grad()
 
+    def drop(self) -> None:
+        """Forget the gradients: no update is made from them."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def reset(self) -> None:
+        """As before the first step."""
+        self.drop()
+        for part in self.parts:
+            part.state.clear()
+
     def state(self) -> dict[str, Tensor]:
-        """Every state tensor as "parameter name:state name"; shared, not copied. An 8-bit one is three, "name.codes" and so on."""
+        """Every state tensor as "parameter name:state name"; shared, not copied. An 8-bit one is three, "name.codes" and so on.
+
+        In the order of the parameters and then of the names, however the state came to be: what is written of it is the same.
+        """
+        states = {parameter: values for part in self.parts for parameter, values in part.state.items()}
         return {
-            f"{self.names[parameter]}:{name}{suffix}": tensor
-            for part in self.parts
-            for parameter, values in part.state.items()
-            for name, value in values.items()
+            f"{name}:{kind}{suffix}": tensor
+            for parameter, name in self.names.items()
+            for kind, value in sorted(states.get(parameter, {}).items())
             for suffix, tensor in _plain(value)
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned; shapes and names must be this model's."""
+        """Take over what `state` returned; shapes and names must be this model's.
+
+        Where a parameter is held in parts, `tensors` are those of this part; a momentum of Muon's is whole.
+        """
         parameters = {name: parameter for parameter, name in self.names.items()}
         owners = {
             parameter: part for part in self.parts for group in part.param_groups for parameter in group["params"]
@@ -150,9 +203,10 @@ class Optimizer:
                 raise ValueError(f"optimizer state '{key}' belongs to no parameter of this model")
             parameter = parameters[name]
             kind, _, piece = kind.partition(".")
-            if value.dim() and piece in ("", PARTS[0]) and value.shape != parameter.shape:
+            shape = self.here.shape(parameter) if kind == "momentum_buffer" else parameter.shape
+            if value.dim() and piece in ("", PARTS[0]) and value.shape != shape:
                 raise ValueError(
-                    f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                    f"optimizer state '{key}' has shape {tuple(value.shape)}, the parameter {tuple(shape)}"
                 )
             state = owners[parameter].state[parameter]
             if not piece:
@@ -171,7 +225,7 @@ def _plain(value: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "", value
 
 
-def _build(names: Mapping[Tensor, str], config: OptimConfig) -> Iterator[torch.optim.Optimizer]:
+def _build(names: Mapping[Tensor, str], config: OptimConfig, here: Here) -> Iterator[torch.optim.Optimizer]:
     """Matrices of the blocks (and an untied head) decay; norms, biases and embeddings do not.
 
     Embeddings and head keep 32-bit averages (Dettmers et al. 2022, section 2.3).
@@ -187,6 +241,6 @@ def _build(names: Mapping[Tensor, str], config: OptimConfig) -> Iterator[torch.o
         groups.append({"params": decaying, "weight_decay": config.weight_decay})
     yield torch.optim.AdamW(groups, lr=adamw_lr, betas=config.betas, fused=True)
     if config.kind == "muon":
-        yield Muon(blocks, config.lr, config.momentum, config.weight_decay)
+        yield Muon(blocks, config.lr, config.momentum, config.weight_decay, here)
     if config.state == "8bit":
         yield _torchao()[0](blocks, config.lr, config.betas, weight_decay=config.weight_decay)

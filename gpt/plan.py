@@ -52,6 +52,12 @@ class TrainingConfig(Settings):
         "none", description="full: keep of each block what it reads, and compute it again for its gradient"
     )
     threads: Literal["auto"] | int = Field("auto", description="CPU threads; auto: every core")
+    hang: Duration | None = Field(
+        1800.0,
+        gt=0,
+        description="seconds without a sign of life after which a run is taken to hang and ends (exit code 6); start, first update "
+        "and saves may take 4 times as long; null: never",
+    )
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better val_bpb")
 
     @model_validator(mode="after")
@@ -91,7 +97,8 @@ def machine(config: TrainingConfig) -> tuple[str, str, int, str]:
     device = best if config.device == "auto" else config.device
     runtime.check_device(device)
     dtype, why = runtime.best_dtype(device) if config.dtype == "auto" else (config.dtype, "as set")
-    threads = runtime.n_cores() if config.threads == "auto" else config.threads
+    cores = max(1, runtime.n_cores() // runtime.local_world_size())
+    threads = cores if config.threads == "auto" else config.threads
     shown = name if device == best else "as set"
     return device, dtype, threads, f"{device} ({shown}), {dtype} ({why}), {threads} threads"
 
@@ -101,8 +108,10 @@ def fixed_steps(config: TrainingConfig) -> int | None:
     return config.steps if config.tokens is None else -(-config.tokens // config.batch_tokens)
 
 
-def micro_batch(config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len: int, device: str) -> int:
-    """Rows of one forward pass: as set, or the largest divisor of `n_rows` whose activations fit."""
+def micro_batch(
+    config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len: int, device: str, *, steady: bool = False
+) -> int:
+    """Rows of one forward pass: as set, or the largest divisor of `n_rows` whose activations fit; `steady`: on any machine."""
     if config.micro_batch != "auto":
         if n_rows % config.micro_batch:
             raise ValueError(f"train.micro_batch ({config.micro_batch}) must divide the batch's {n_rows} rows")
@@ -111,7 +120,7 @@ def micro_batch(config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len
     # the head works in chunks. Checkpointing keeps one block's, and an fp32 copy of the stream before each.
     kept = 68 * model.n_layer if config.checkpointing == "none" else 68 + 4 * model.n_layer
     bytes_per_token = kept * model.d_model
-    tokens = runtime.free_memory_bytes(device) // 2 // bytes_per_token
+    tokens = CPU_MICRO_BATCH_TOKENS if steady else runtime.free_memory_bytes(device) // 2 // bytes_per_token
     tokens = min(tokens, CPU_MICRO_BATCH_TOKENS) if device == "cpu" else tokens
     return max((rows for rows in range(1, n_rows + 1) if n_rows % rows == 0 and rows * seq_len <= tokens), default=1)
 
@@ -191,6 +200,11 @@ def _fitting(measure: Measure, rows: int, compiled: bool, note: Callable[[str], 
 def n_parameters(model: GPT) -> int:
     """Parameters, a tied matrix counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_s(model: GPT) -> float:
+    """Seconds of a save, about: 12 bytes a trained parameter at 300 MB/s."""
+    return 12 * n_trained(model) / 3e8
 
 
 def n_trained(model: GPT) -> int:

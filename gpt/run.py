@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt import durable, hub
+from gpt import durable, hub, signals
 
+SKIPPED = "skipped.json"  # windows of data that were rolled back
 MANIFEST = "manifest.json"  # written last: a checkpoint without it does not count
 STATES = ("running", "preempted", "done", "failed")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -33,18 +34,45 @@ class RunDirectory:
         durable.make_directory(self.checkpoints)
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
+        for each in (self.checkpoints, self.config_path, self.metrics_path, self.path / "status.json"):
+            if each.is_symlink():
+                raise ValueError(f"{each}: is a symbolic link, which is not followed; move here what it points at")
 
-    def lock(self) -> durable.Lock:
-        """Hold the directory; ValueError if another process does. What dead writers left is swept."""
-        lock = durable.Lock(self.path / ".lock", str(self.path))
+    def lock(self, wait_s: float = 0.0) -> durable.Lock:
+        """Hold the directory; ValueError if another process still does after `wait_s`. What dead writers left is swept."""
+        lock = durable.Lock(self.path / ".lock", str(self.path), wait_s=wait_s, meanwhile=signals.check)
         durable.sweep(self.path)
         return lock
 
-    def status(self, state: str, step: int, reason: str) -> None:
-        """Write status.json durably: how the run stands, for people and job scripts."""
+    def status(self, state: str, step: int, reason: str, exit_code: int | None = None) -> None:
+        """Write status.json durably: how the run stands, for people and job scripts; how it ended, with its exit code."""
         assert state in STATES, state
-        text = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
+        ended = {} if exit_code is None else {"exit_code": exit_code}
+        text = json.dumps({"state": state, "step": step, "reason": reason} | ended) + "\n"
         durable.write_file(self.path / "status.json", text.encode())
+
+    def skip(self, first: int, last: int, why: str) -> None:
+        """Record durably that no update reads batches `first` to `last` from now on."""
+        windows = [*self._windows(), {"first": first, "last": last, "why": why}]
+        durable.write_file(self.path / SKIPPED, (json.dumps(windows, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def skipped(self) -> list[tuple[int, int]]:
+        """(first, last) of the windows of batches that no update reads."""
+        return [(each["first"], each["last"]) for each in self._windows()]
+
+    def _windows(self) -> list[dict[str, Any]]:
+        path = self.path / SKIPPED
+        try:
+            windows = json.loads(path.read_bytes())
+            if not all(type(each[name]) is int for each in windows for name in ("first", "last")):
+                raise TypeError
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise durable.CorruptError(
+                f"{path}: not the record of batches that are left out; restore it, or start another run with --fresh"
+            ) from None
+        return windows
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a torn last line is left out."""
@@ -59,7 +87,7 @@ class RunDirectory:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """One object a line; CorruptError for a line that is none, except a torn last one."""
-    return [values for _, values in _lines(path)] if path.exists() else []
+    return [values for _, values in _lines(durable.plain(path))] if path.exists() else []
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -93,6 +121,8 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 def saved_steps(directory: Path) -> list[int]:
     """Steps of the whole checkpoints, ascending: from their names, never from a pointer or a clock."""
     names = [file.parent.name for file in directory.glob(f"step_*/{MANIFEST}")]
+    if links := [directory / name for name in names if (directory / name).is_symlink()]:
+        raise ValueError(f"{links[0]}: is a symbolic link, which is not followed; move here what it points at")
     steps = [int(digits) for name in names if (digits := name.removeprefix("step_")).isdecimal()]
     return sorted(step for step in steps if checkpoint_path(directory, step).name in names)
 

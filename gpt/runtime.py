@@ -32,6 +32,29 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of the processes of the run this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def job_ends_at() -> float | None:
+    """When the job that this process runs in is ended, in seconds of the Unix clock; None where nobody says so."""
+    try:
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return None
+
+
+def local_rank() -> int:
+    """Which of this machine's processes of the run this is; it computes on the GPU of that number."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes of the run on this machine, which share its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
 def n_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,6 +76,11 @@ def check_device(device: str) -> None:
     if device not in available and not (device == "cuda" and "cuda:0" in available):
         here = ", ".join(available)
         raise ValueError(f"device '{device}' is not available here (there is: {here}); use another, or leave it out")
+    if device == "cuda" and world_size() > 1 and local_rank() >= (n := torch.cuda.device_count()):
+        raise ValueError(
+            f"{local_world_size()} ranks were started on this machine, which has {n} GPU{'s' * (n != 1)}: start as many ranks "
+            f"(torchrun --nproc-per-node {n}), or set train.device=cpu"
+        )
 
 
 def cpu_flags() -> set[str]:
@@ -98,6 +126,8 @@ def setup(device: str, threads: int) -> None:
     algorithms alone make compiled CPU code repeat; the debug fill of fresh memory that comes with them buys nothing.
     """
     torch.set_num_threads(threads)
+    if device == "cuda" and world_size() > 1:
+        torch.cuda.set_device(local_rank())  # from here on "cuda" is this rank's own
     torch.set_float32_matmul_precision("medium" if device == "cpu" and "amx_bf16" not in cpu_flags() else "high")
     # The public call imports the compiler, a second, to tell it too; `parallel.applied` does that where something compiles.
     torch._C._set_deterministic_algorithms(device == "cpu")

@@ -18,7 +18,9 @@ class ScheduleConfig(Settings):
     )
     warmup: float = Field(0.02, ge=0, description="linear warm-up: a fraction of the steps if below 1, else steps")
     decay: float | None = Field(
-        None, gt=0, le=1, description=f"wsd: last fraction of the steps that decays; null: {WSD_DECAY}"
+        None,
+        gt=0,
+        description=f"wsd: the last fraction of the steps that decays, or above 1 how many steps; null: {WSD_DECAY}",
     )
     floor: float = Field(0.0, ge=0, le=1, description="factor at the last step")
 
@@ -28,7 +30,7 @@ class ScheduleConfig(Settings):
             raise ValueError(f"decay ({self.decay}) is for kind 'wsd', not '{self.kind}'")
         if self.kind == "constant" and self.floor:
             raise ValueError(f"floor ({self.floor}) has no meaning with kind 'constant'")
-        if self.decay is not None and self.warmup < 1 < self.warmup + self.decay:
+        if self.decay is not None and self.decay <= 1 and self.warmup < 1 < self.warmup + self.decay:
             raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are more than the whole run")
         return self
 
@@ -42,7 +44,8 @@ def factor(config: ScheduleConfig, step: int, steps: int) -> float:
     if config.kind == "constant":
         return 1.0
     if config.kind == "wsd":
-        shape = min(1.0, left / max(1.0, (config.decay or WSD_DECAY) * steps))
+        decay = config.decay or WSD_DECAY
+        shape = min(1.0, left / max(1.0, decay if decay > 1 else decay * steps))
     else:
         shape = left / max(1.0, steps + 1 - warmup)
     if config.kind == "cosine":

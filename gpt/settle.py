@@ -2,34 +2,38 @@
 
 import hashlib
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gpt import adapters, durable, growth, hf, parallel, plan, quantize, runtime, signals
+from gpt import adapters, durable, growth, hf, parallel, plan, quantize, resume, runtime, signals
 from gpt import config as settings
 from gpt.adapters import AdapterConfig
-from gpt.checkpoint import CheckpointConfig, Checkpoints, load_weights, serialize
+from gpt.checkpoint import SETTINGS, CheckpointConfig, Checkpoints, serialize
 from gpt.config import Settings
 from gpt.data import Batch, Data, DataConfig, Loader, Packed, Pairs
 from gpt.evaluate import EvalConfig, evaluated, views
+from gpt.judge import NumbersConfig
 from gpt.log import LogConfig
 from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
-from gpt.model import GPT, ModelConfig, init_weights
+from gpt.model import GPT, ModelConfig, initial_weights
 from gpt.optim import OptimConfig, Optimizer
+from gpt.parts import Parts
 from gpt.plan import Choices, TrainingConfig
+from gpt.ranks import Forward, ParallelConfig, Ranks, Sizes, check_model, check_rows, sizes
+from gpt.resume import Origin
 from gpt.run import ADAPTER, RunDirectory, resolve
 from gpt.schedule import ScheduleConfig
 from gpt.tokenizer import Tokenizer
 
-# What may change between resumes, since it changes no update; the data set is known by its fingerprint.
-FREE = ("name", "choices", "data.path", "log.", "checkpoint.", "eval.every")
 RUNS = Path("runs")
 PROBE_UPDATES = 6
 PROBE_SHARE = 0.03  # of a time budget: a shared machine's speed of one second says little about the next
@@ -46,6 +50,11 @@ class TrainConfig(Settings):
     init_from: str | None = Field(
         None, description="run, checkpoint or Hugging Face directory whose weights and tokenizer to start from"
     )
+    branch_from: str | None = Field(
+        None,
+        description="RUN@STEP whose training this run goes on with: its weights, optimizer state, step and place in the data, "
+        "under this run's schedule; steps are counted from that run's beginning",
+    )
     data: DataConfig = Field(description="what is trained on")
     model: ModelConfig = Field(
         default_factory=ModelConfig, description="the decoder's shape; with init_from only dropout may be set"
@@ -56,19 +65,22 @@ class TrainConfig(Settings):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is minimized")
     train: TrainingConfig = Field(description="how long, in what portions and on what")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="how parameters move")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how ranks share the work")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate over the run")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="when and on what to evaluate")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="when to save and what to keep")
+    numbers: NumbersConfig = Field(default_factory=NumbersConfig, description="what becomes of bad updates")
     log: LogConfig = Field(default_factory=LogConfig, description="what people watch")
     choices: Choices | None = Field(
         None, description="what settled itself before step 1; written by the run, obeyed when present"
+    )
+    history: tuple[resume.Change, ...] = Field(
+        (), description="what --allow changed on the way, and when; written by the run"
     )
 
 
 def check(given: TrainConfig) -> None:
     """ValueError for what cannot be trained here, before anything is made for it."""
-    if runtime.world_size() > 1:
-        raise ValueError("training runs in one process: start it with `python train.py`, without torchrun")
     if given.train.batch_tokens % row_length(given):
         twice = (
             "twice data.seq_len, a row of chosen and one of rejected replies"
@@ -89,45 +101,91 @@ def check(given: TrainConfig) -> None:
         )
     if given.train.device != "auto":
         runtime.check_device(given.train.device)
+    _check_ranks(given, sizes(given.parallel, runtime.world_size()), runtime.world_size())
 
 
-def agree(given: TrainConfig, run: RunDirectory, latest: Path | None, data: Data, source: GPT | None) -> TrainConfig:
-    """The run's settings, the model's filled in: `given`, or what the run was started with, where both say the same.
+def _check_ranks(given: TrainConfig, n: Sizes, world: int) -> None:
+    """ValueError for what these ranks cannot do together."""
+    micro_batch = None if given.train.micro_batch == "auto" or world == 1 else given.train.micro_batch
+    if not given.parallel.canonical:  # which takes micro-batches as they come
+        check_rows(n, rows(given), row_length(given), micro_batch)
+    device = runtime.best_device()[0] if given.train.device == "auto" else given.train.device
+    if given.parallel.canonical and device != "cpu":
+        raise ValueError(f"parallel.canonical repeats bytes on the CPU alone, this is {device}: set train.device=cpu")
+    if world > 1 and ":" in device:
+        raise ValueError(
+            f"train.device ({device}) is one of several, and {world} ranks take one each: set train.device=cuda"
+        )
+    if n.in_parts and given.adapter is not None:
+        raise ValueError("an adapter is small, and each rank holds all of it: set parallel.shard=1 parallel.tensor=1")
+    if n.in_parts and given.optim.state != "fp32":
+        raise ValueError(
+            "optim.state=8bit is of whole matrices: set parallel.shard=1 parallel.tensor=1, or optim.state=fp32"
+        )
+    if n.tensor > 1 and given.objective.of_pairs:
+        raise ValueError(
+            f"objective.kind={given.objective.kind} reads the head whole: set parallel.tensor=1 (shard may stay)"
+        )
+    if n.in_parts and given.log.sample_every is not None:
+        raise ValueError(
+            "a sample is written by one rank, which holds a part of the model only: set log.sample_every=null, and sample from "
+            "its checkpoints (sample.py), or parallel.shard=1 parallel.tensor=1"
+        )
 
-    Raises ValueError with the differences and what to run instead if they do not.
+
+def agree(
+    given: TrainConfig,
+    run: RunDirectory,
+    latest: Path | None,
+    data: Data,
+    source: GPT | None,
+    origin: Origin | None = None,
+    allow: Sequence[str] = (),
+) -> TrainConfig:
+    """The run's settings, the model's filled in: `given`, where it agrees with what the run, or its trunk, was started with.
+
+    What differs may be free, or named in `allow`; ValueError with the other differences and what to run instead.
     """
-    written = run.config_path if latest is None else latest / "run.yaml"  # the one that is verified, if there is one
-    if written.exists():
-        stored = settings.load(TrainConfig, written)
-        open_model = {name: getattr(stored.model, name) for name in _filled(given)}
+    origin = resume.origin(given, latest) if origin is None else origin
+    stored = resume.stored(given, run.config_path, origin)
+    trunk = settings.load(TrainConfig, origin.path / SETTINGS) if stored is None and origin.path is not None else None
+    if (before := stored or trunk) is not None:
+        open_model = {name: getattr(before.model, name) for name in _filled(given)}
         asked = given.model_copy(update={"model": given.model.model_copy(update=open_model)})
-        # A reference is known by its fingerprint too: of a run, another checkpoint may be the best by now.
-        known = () if stored.choices is None or stored.choices.reference is None else ("init_from",)
-        changed = [d for d in settings.differences(stored, asked) if not d[0].startswith((*FREE, *known))]
-        if changed:
-            rows = "\n".join(f"  {name}: {old} -> {new}" for name, old, new in changed)
-            raise ValueError(
-                f"{run.path} was started with other settings:\n{rows}\n"
-                f"continue it with its own settings, or start another run: name=NEW, or --fresh (as {unused(given.name)})"
-            )
-        config = asked.model_copy(update={"choices": stored.choices})
+        if stored is not None:
+            config = resume.continued(stored, asked, origin, allow, run.path, unused(given.name))
+        else:
+            config = resume.branched(trunk, asked, origin)
+        config = config.model_copy(update={"choices": _dealt(config, config.choices)})
     elif source is not None:
         config = given.model_copy(update={"model": _source_shape(given, source)})
     else:
         filled = {"vocab_size": data.tokenizer.padded_size, "max_seq_len": given.data.seq_len}
         model = given.model.model_copy(update={k: v for k, v in filled.items() if getattr(given.model, k) is None})
         config = given.model_copy(update={"model": model})
+    if before is None:  # the settings of a run that changed some on its way are another run's from its first step
+        config = config.model_copy(update={"history": ()})
     assert config.model.max_seq_len is not None
     if config.data.seq_len > config.model.max_seq_len:
         raise ValueError(
             f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({config.model.max_seq_len})"
         )
+    check_model(sizes(config.parallel, runtime.world_size()), config.model)
     if config.model.prefix_lm:
         _check_prompts(config, data)
     _check_pairs(config, data)
     if config.choices is not None:
         _check_choices(config, config.choices, data)
     return config
+
+
+def _dealt(config: TrainConfig, choices: Choices | None) -> Choices | None:
+    """The choices of a run that other ranks may continue: its micro-batch, or what of it divides the rows of each."""
+    n_data = sizes(config.parallel, runtime.world_size()).n_data
+    if choices is None or config.parallel.canonical or n_data == 1:
+        return choices
+    each = rows(config) // n_data
+    return choices.model_copy(update={"micro_batch": math.gcd(choices.micro_batch, each)})
 
 
 def _check_prompts(config: TrainConfig, data: Data) -> None:
@@ -169,7 +227,9 @@ def _check_choices(config: TrainConfig, choices: Choices, data: Data) -> None:
             f"{data.fingerprint[:12]}, the run's is {choices.data[:12]}; restore it, or start another run with --fresh"
         )
     train = config.train
-    asked = {name: getattr(train, name) for name in ("device", "dtype", "compile", "micro_batch", "threads")}
+    if rows(config) % choices.micro_batch:
+        raise ValueError(f"train.micro_batch ({choices.micro_batch}) must divide the batch's {rows(config)} rows")
+    asked = {name: getattr(train, name) for name in resume.CHOSEN}
     asked["steps"] = plan.fixed_steps(train)
     for name, value in asked.items():
         if value not in (None, "auto") and value != getattr(choices, name):
@@ -241,29 +301,44 @@ def _source_shape(given: TrainConfig, source: GPT) -> ModelConfig:
     return source.config.model_copy(update={"dropout": given.model.dropout})
 
 
-def build(config: TrainConfig, source: GPT | None, say: Say) -> GPT:
+def machine(config: TrainConfig) -> tuple[str, str, int, str]:
+    """`plan.machine`; the sums of canonical runs depend on how many threads there are, so there is one."""
+    one = config.parallel.canonical and config.train.threads == "auto"
+    return plan.machine(config.train.model_copy(update={"threads": 1}) if one else config.train)
+
+
+def device(config: TrainConfig) -> str:
+    """Where the run computes: as it was started, or as it will be."""
+    return machine(config)[0] if config.choices is None else config.choices.device
+
+
+def build(config: TrainConfig, source: GPT | None, say: Say, *, in_parts: bool = False) -> GPT:
     """The model on its device, its weights still to be filled in; this process is set up for it.
 
-    Under an adapter the source's own tensors are the frozen base, without a copy.
+    Under an adapter the source's own tensors are the frozen base, without a copy. What is to be divided has no memory yet.
     """
-    device, dtype, threads, why = plan.machine(config.train)
+    device, dtype, threads, why = machine(config)
     if (choices := config.choices) is not None:
         device, dtype, threads = choices.device, choices.dtype, choices.threads
+        if (
+            runtime.world_size() > 1 and not config.parallel.canonical
+        ):  # there may have been fewer ranks to share the cores
+            threads = min(threads, max(1, runtime.n_cores() // runtime.local_world_size()))
         why = f"{device}, {dtype}, {threads} threads (as the run was started)"
         try:
             runtime.check_device(device)
         except ValueError as error:
             raise ValueError(
-                f"the run computes on {device}: {error}. Continue it where there is one, or start from its weights: "
-                f"name=NEW init_from={RUNS / config.name}@last"
+                f"the run computes on {device}: {error}. Continue it where there is one, or here, with other roundings: "
+                f"train.device=cpu --allow train.device"
             ) from None
-        for was, now in ((choices.torch, runtime.torch_version()), (choices.cpu, runtime.cpu_kind())):
-            if now != was:
-                say(f"started on {was}, now on {now}: the run continues, its bits may differ")
     say(f"device: {why}")
     runtime.setup(device, threads)
     if config.adapter is None:
-        model = GPT(config.model).to(device)
+        with torch.device("meta" if in_parts else "cpu"):
+            model = GPT(config.model)
+        if not in_parts:
+            model.to(device)
         say(f"model: {plan.n_parameters(model) / 1e6:.2f}M parameters")
         return model
     assert source is not None
@@ -284,10 +359,13 @@ def check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT) ->
     durable.check_space(run.path, to_come * 12 * plan.n_trained(model))
 
 
-def fill(model: GPT, config: TrainConfig, latest: Path | None, read_source: Callable[[], GPT | None]) -> None:
+def fill(
+    model: GPT, parts: Parts, config: TrainConfig, latest: Path | None, read_source: Callable[[], GPT | None]
+) -> None:
     """Give the model its weights: the latest checkpoint's, the source's, or fresh ones from the seed.
 
-    The source is read for it each time, so that no second copy stands in memory while the run trains.
+    The source is read for it each time, so that no second copy stands in memory while the run trains. Each rank takes its
+    parts of the whole.
     """
     if config.adapter is not None:
         if latest is None:
@@ -295,11 +373,14 @@ def fill(model: GPT, config: TrainConfig, latest: Path | None, read_source: Call
         else:
             hf.load_adapter(model, latest)
     elif latest is not None:
-        model.load_state_dict(hf.from_disk(config.model, load_weights(latest)))
+        hf.fill(config.model, latest, parts.held())
     elif (source := read_source()) is not None:
-        model.load_state_dict(source.state_dict())
+        for name, given in source.named_parameters():
+            parts.put(name, given)
     else:
-        init_weights(model, runtime.key(config.seed, 0, "init"))
+        names = {parameter: name for name, parameter in parts.parameters.items()}
+        for parameter, value in initial_weights(model, runtime.key(config.seed, 0, "init")):
+            parts.put(names[parameter], value)
 
 
 def objective(config: TrainConfig, model: GPT, source: GPT | None) -> Objective:
@@ -312,9 +393,7 @@ def objective(config: TrainConfig, model: GPT, source: GPT | None) -> Objective:
     if config.adapter is not None:
         return Preferences(model, chosen, partial(_without_adapter, model))
     assert source is not None
-    return Preferences(
-        model, chosen, partial(_frozen, source.to(model.lm_head.weight.device).requires_grad_(False), model)
-    )
+    return Preferences(model, chosen, partial(_frozen, source.to(device(config)).requires_grad_(False), model))
 
 
 @contextmanager
@@ -349,7 +428,8 @@ def _seal(source: GPT) -> str:
     return digest.hexdigest()
 
 
-Update = Callable[[parallel.Forward, Optimizer, Batch, TrainConfig, Choices, int], tuple[Tensor, Tensor]]
+Update = Callable[[Forward, Optimizer, Batch, TrainConfig, Choices, int, Ranks], tuple[Tensor, Tensor]]
+Rehearse = Callable[[TrainConfig, Optimizer | None], bool]
 
 
 def settle(
@@ -362,17 +442,22 @@ def settle(
     update: Update,
     elapsed: Callable[[], float],
     say: Say,
+    parts: Parts | None = None,
+    rehearse: Rehearse | None = None,
 ) -> TrainConfig:
     """The settings with every choice made; `fill` has given the model its weights when this returns.
 
     Speed is measured, where a choice depends on it, by real updates; `elapsed()` is what a time budget has lost already.
+    `rehearse` may use the weights before that, with the optimizer of the last of those updates; it says whether they moved.
+    Rank 0 chooses, and tells the others.
     """
+    parts = parts or Parts(Ranks(), objective.model)
     fill()
     reference = _seal(source) if source is not None and needs_source(config) else None
+    made: list[Optimizer] = []
     if (choices := config.choices) is None:
-        choices = _choose(config, objective, data, loader, update, elapsed, say)
+        choices = _choose(config, objective, data, loader, update, elapsed, say, parts, made)
         choices = choices.model_copy(update={"reference": reference})
-        fill()  # measuring moved them
     elif choices.reference != reference:
         raise ValueError(
             f"{config.init_from} is not the model that this run compares its answers with: its weights have changed since "
@@ -381,8 +466,54 @@ def settle(
         )
     elif choices.attention == "flex":
         parallel.flexible(objective.model)
+    moved, config = config.choices is None, config.model_copy(update={"choices": choices})
+    if rehearse is not None:
+        moved |= rehearse(config, made[-1] if made else None)
+    made.clear()
+    if moved:
+        fill()
     _report(data, loader, choices.steps, say)
-    return config.model_copy(update={"choices": choices})
+    return config
+
+
+def trial(
+    config: TrainConfig,
+    choices: Choices,
+    objective: Objective,
+    loader: Loader,
+    update: Update,
+    n: int,
+    enough_s: float,
+    parts: Parts,
+) -> tuple[float, Optimizer]:
+    """Seconds of an update, and the optimizer that made at least `n` of them for `enough_s` seconds; the weights moved.
+
+    torch.OutOfMemoryError where memory is short; of several ranks MemoryError, which nobody answers with another try.
+    """
+    # Speed does not depend on the learning rate, and without a warm-up a full one might not stay finite.
+    still = config.model_copy(update={"schedule": ScheduleConfig(kind="constant", warmup=1e12)})
+    ranks, told = parts.ranks, parts.ranks.team.told
+    how: dict[str, Any] = {"compile": choices.compile, "checkpointing": config.train.checkpointing}
+    forward = parallel.applied(objective, **how, ranks=ranks)
+    optimizer = Optimizer(objective.model, config.optim, parts)
+    step, start = 0, time.perf_counter()
+    while step < n or told(time.perf_counter() - start < enough_s):
+        ranks.check()
+        step += 1
+        try:
+            update(forward, optimizer, loader.batch(step), still, choices, step, ranks)
+        except RuntimeError as error:  # CPUs say in words only that memory is short
+            if signals.exit_code(error) == signals.NO_SPACE and not ranks.alone:  # the others are amid the update
+                raise MemoryError(
+                    f"{error}; ranks cannot look for what fits: set a smaller train.micro_batch"
+                ) from None
+            if signals.exit_code(error) == signals.NO_SPACE:
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+        runtime.synchronize(choices.device)
+        if step == 1:  # it warms up, or compiles
+            start = time.perf_counter()
+    return (time.perf_counter() - start) / max(1, step - 1), optimizer
 
 
 def _report(data: Data, loader: Loader, steps: int, say: Say) -> None:
@@ -416,18 +547,22 @@ def _choose(
     update: Update,
     elapsed: Callable[[], float],
     say: Say,
+    parts: Parts,
+    made: list[Optimizer],
 ) -> Choices:
-    """Settle what is left to choose, by a few updates on real batches where it depends on speed."""
-    device, dtype, threads, _ = plan.machine(config.train)
-    model, attention = objective.model, "dense"
+    """Settle what is left to choose, by a few updates on real batches where it depends on speed.
+
+    `made` gets the optimizer of the last of them.
+    """
+    device, dtype, threads, _ = machine(config)
+    model, attention, ranks = objective.model, "dense", parts.ranks
+    told = ranks.team.told
     if config.data.document_mask:
         attention, why = parallel.document_kernel(model)
         say(f"attention inside documents: {why}")
-    # Speed does not depend on the learning rate, and without a warm-up a full one might not stay finite.
-    still = config.model_copy(update={"schedule": ScheduleConfig(kind="constant", warmup=1e12)})
 
     def measure(micro_batch: int, compile: bool) -> float:
-        trial = Choices(
+        choices = Choices(
             device=device,
             dtype=dtype,
             threads=threads,
@@ -439,38 +574,32 @@ def _choose(
             torch=runtime.torch_version(),
             cpu=runtime.cpu_kind(),
         )
-        forward = parallel.applied(objective, compile=compile, checkpointing=config.train.checkpointing)
-        optimizer = Optimizer(model, config.optim)
-        step, start, enough = 0, time.perf_counter(), PROBE_SHARE * (config.train.time or 0)
-        while step < PROBE_UPDATES or time.perf_counter() - start < enough:
-            signals.check()
-            step += 1
-            try:
-                update(forward, optimizer, loader.batch(step), still, trial, step)
-            except RuntimeError as error:  # CPUs say in words only that memory is short
-                if signals.exit_code(error) == signals.NO_SPACE:
-                    raise torch.OutOfMemoryError(str(error)) from None
-                raise
-            runtime.synchronize(device)
-            if step == 1:  # it warms up, or compiles
-                start = time.perf_counter()
-        return (time.perf_counter() - start) / (step - 1)
+        made.clear()  # its memory is the next one's
+        enough_s = PROBE_SHARE * (config.train.time or 0)
+        seconds, optimizer = trial(config, choices, objective, loader, update, PROBE_UPDATES, enough_s, parts)
+        made.append(optimizer)
+        return told(seconds)
 
     def extra(update_s: float) -> float:
-        """An evaluated token costs a third of a trained one; a save writes 12 bytes a parameter at about 300 MB/s."""
+        """An evaluated token costs a third of a trained one."""
         evaluation = update_s / 3 * evaluated(views(data), config.eval.tokens) / config.train.batch_tokens
-        return evaluation / config.eval.every + 12 * plan.n_trained(model) / 3e8 / config.checkpoint.every
+        return evaluation / config.eval.every + plan.save_s(model) / config.checkpoint.every
 
+    train, share = config.train, rows(config) // ranks.n.n_data
+    if config.parallel.canonical:  # what ranks and machines have no say in
+        train = train.model_copy(update={"compile": False if train.compile == "auto" else train.compile})
+        share = rows(config)
+    fitting = plan.micro_batch(train, config.model, share, row_length(config), device, steady=config.parallel.canonical)
     return plan.choose(
-        config.train,
-        rows=plan.micro_batch(config.train, config.model, rows(config), row_length(config), device),
+        train,
+        rows=told(fitting),
         device=device,
         dtype=dtype,
         threads=threads,
         data=data.fingerprint,
         attention=attention,
         extra=extra,
-        elapsed=elapsed,
+        elapsed=lambda: told(elapsed()),
         measure=measure,
         note=say,
     )

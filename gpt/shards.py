@@ -270,7 +270,7 @@ class Shard:
         if header["token_bytes"] != token_dtype(vocab_size).itemsize or header["max_id"] >= vocab_size:
             ids = f"ids up to {header['max_id']} in {header['token_bytes']} bytes each"
             raise self._corrupt(f"it holds {ids}, the manifest's vocabulary {vocab_size} entries")
-        if header["tokenizer"] != tokenizer_sha256.encode():
+        if header["tokenizer"] != tokenizer_sha256.encode(errors="surrogatepass"):
             raise self._corrupt("it was written with another tokenizer than the manifest names")
         found, named = (header["n_tokens"], header["n_documents"]), (entry.n_tokens, entry.n_documents)
         if found != named:
@@ -478,6 +478,8 @@ def _load_manifest(path: Path) -> tuple[dict[str, Any], str]:
         recipe = Path(f"{path}.yaml")
         command = f"python data/prepare.py {recipe if recipe.exists() else f'FILES --out {path}'}"
         raise FileNotFoundError(f"{path} is not a prepared data set (no manifest.json); make it: {command}")
+    if file.is_symlink():
+        raise CorruptError(f"{file}: it is a symbolic link, which is not followed; {AGAIN}")
     data = file.read_bytes()
     types = {"vocab_size": int, "start_id": int, "tokenizer_sha256": str, "sources": list, "splits": dict}
     try:

@@ -8,17 +8,27 @@ import re
 import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-DONE, BUG, USER_ERROR, NON_FINITE, NO_SPACE, PREEMPTED = 0, 1, 2, 4, 5, 75
+DONE, BUG, USER_ERROR, NON_FINITE, NO_SPACE, STUCK, PREEMPTED = 0, 1, 2, 4, 5, 6, 75
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)  # the system takes them for no path at all
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
+# What torch says of a rank that is gone: gloo, NCCL and the store, by the names of their errors or in words only.
+LOST_KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+LOST_WORDS = "Connection (closed|reset) by peer|Timed out waiting .*(send|recv|operation)|Socket closed|connectFullMesh"
+LAST_WORD_S = 0.5  # by which the rank that failed by itself lets the others speak first
+ECHO_S = 5.0  # in which a rank may hear of one request twice: of the scheduler, and of torchrun, which passes it on
+
 _requested: str | None = None
+_signalled: float | None = None  # when the first signal came
+_beats = 0
+_at_once = False
 
 
 class Stopped(Exception):
@@ -28,7 +38,7 @@ class Stopped(Exception):
 
 
 def install() -> None:
-    """From now on the first stop signal is remembered, and a second one ends the process at once."""
+    """From now on the first stop signal is remembered, and a second one ends the process at once (of a rank: `ECHO_S` later)."""
     for number in STOP_SIGNALS:
         signal.signal(number, _request)
 
@@ -40,21 +50,48 @@ def ignore() -> None:
 
 
 def _request(number: int, frame: FrameType | None) -> None:
-    global _requested
-    if _requested is not None:
-        os._exit(PREEMPTED)
-    _requested = signal.Signals(number).name
+    global _requested, _signalled
+    now, before = time.monotonic(), _signalled
+    if before is not None:
+        if now - before >= (ECHO_S if _ranked() else 0.0):
+            os._exit(PREEMPTED)
+        return
+    _signalled, name = now, signal.Signals(number).name
+    _requested = _requested or name  # a first signal does not cut short a process that stops of its own accord
     with contextlib.suppress(OSError):  # not print: a handler may interrupt one
-        os.write(2, f"\n{_requested}: stopping at the next safe point; once more stops at once\n".encode())
+        os.write(2, f"\n{name}: stopping at the next safe point; once more stops at once\n".encode())
+
+
+def _ranked() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def request(reason: str) -> None:
+    """Ask this process to stop at its next safe point, as a signal would; a request that was made already stands."""
+    global _requested
+    _requested = _requested or reason
 
 
 def stop_requested() -> str | None:
-    """The name of the signal that asked this process to stop, or None."""
+    """What asked this process to stop, the name of a signal mostly, or None."""
+    beat()
     return _requested
+
+
+def beat() -> None:
+    """Say that the process moves on; what asks whether it should stop says so too."""
+    global _beats
+    _beats += 1
+
+
+def beats() -> int:
+    """How often it was said; a watcher sees by it whether anything happens."""
+    return _beats
 
 
 def check() -> None:
     """Raise Stopped if a stop was requested; for safe points where nothing needs saving."""
+    beat()
     if _requested is not None:
         raise Stopped(f"stopped by {_requested}; run the same command again to continue")
 
@@ -74,13 +111,21 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def end_at_once() -> None:
+    """The process is to end without the interpreter's own end: torch's threads to other ranks may abort that."""
+    global _at_once
+    _at_once = True
+
+
 def exit_code(error: BaseException) -> int:
     """What an error means to the shell."""
-    own = getattr(type(error), "exit_code", None)
+    own = getattr(error, "exit_code", None)
     if isinstance(own, int):
         return own
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return NO_SPACE
+    if isinstance(error, OSError) and error.errno == errno.EROFS:  # as a directory without permission
+        return USER_ERROR
     # torch.OutOfMemoryError by its name: torch is not imported for the sake of an error
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return NO_SPACE
@@ -88,6 +133,8 @@ def exit_code(error: BaseException) -> int:
         return NO_SPACE  # torch on a CPU or an Apple GPU says so in words only
     if isinstance(error, FloatingPointError):
         return NON_FINITE
+    if lost(error):
+        return STUCK
     is_no_name = isinstance(error, OSError) and error.errno in NO_NAMES
     return USER_ERROR if is_no_name or isinstance(error, USER_ERRORS) else BUG
 
@@ -116,9 +163,27 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = exit_code(Stopped() if isinstance(error, KeyboardInterrupt) else error)
         if "--debug" in sys.argv:
             traceback.print_exc()
+        if not secondary(error) and _ranked():
+            time.sleep(LAST_WORD_S)
         with contextlib.suppress(OSError):
             print(explain(error, code), file=sys.stderr)
+    if _at_once:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether torch says that another rank does not answer."""
+    named = any(kind.__name__ in LOST_KINDS for kind in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError) and re.search(LOST_WORDS, str(error)) is not None)
+
+
+def secondary(error: BaseException) -> bool:
+    """Whether the error only follows from one of another rank, which tells it."""
+    return lost(error) or getattr(type(error), "elsewhere", False) is True
 
 
 def explain(error: BaseException, code: int) -> str:
@@ -127,6 +192,12 @@ def explain(error: BaseException, code: int) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         name = str(error.filename)
         text = f"{name[:60] + '...' if error.errno == errno.ENAMETOOLONG else name}: {error.strerror}"
+    if secondary(error):
+        rank, first = os.environ.get("RANK", "0"), (text.strip() or type(error).__name__).splitlines()[0]
+        if code == PREEMPTED:
+            return f"rank {rank}: stopped with the others"
+        told = "a rank that does not answer" if lost(error) else "another one's error"
+        return f"rank {rank}: ended by {told} ({first[:200]})"
     if code == PREEMPTED:
         return "stopped" if isinstance(error, KeyboardInterrupt) else text
     if code == BUG:

@@ -16,7 +16,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
-from gpt import vocabularies
+from gpt import durable, sieve, vocabularies
 from gpt.vocabularies import BYTE_OF_LETTER, END
 
 Kind = Literal["bpe", "char", "word", "ids"]  # ids: decimal numbers with a space between them
@@ -41,11 +41,19 @@ CHARACTERS = (r"(?m:.)",)
 WORDS = (HAN_AND_KANA, r"[\p{L}\p{M}\p{N}_]+|(?m:.)")
 PATTERNS: Mapping[str, tuple[str, ...]] = {"bpe": DEEPSEEK_V3, "char": CHARACTERS, "word": WORDS}
 
+# Expressions that need no trial: our own, and those of published vocabularies.
+TRUSTED = frozenset(
+    {pattern for patterns in PATTERNS.values() for pattern in patterns}
+    | {known.pattern for known in vocabularies.KNOWN.values()}
+    | set(vocabularies.SPACES)
+)
+
 NO_UNKNOWN = "<|none|>"  # names no entry: what is not in the vocabulary is an error
 BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL)
 MIN_FREQUENCY = 2  # a merge or word that was seen once is no pattern
+MAX_GAP = 1 << 16  # ids without an entry, beside three for each that has one
 PIECE_CHARACTERS = 1 << 17  # longer texts of our own tokenizers are encoded in pieces: in parallel, in bounded memory
 
 
@@ -63,17 +71,23 @@ class Tokenizer:
 
     def __init__(self, raw: dict[str, Any], config: Mapping[str, Any], where: str = "tokenizer.json") -> None:
         self._raw, self._where = raw, where
+        try:
+            sieve.check(raw, TRUSTED)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        # Never used: the ids of a text are those of its pieces, all of them and nothing else.
+        unused = {"post_processor": None, "truncation": None, "padding": None}
         with self._guard("cannot be loaded: "):
-            self._backend = Backend.from_str(json.dumps(raw))
+            self._backend = Backend.from_str(json.dumps({**raw, **unused}))
             self._backend.encode_special_tokens = True  # text is text; this is not stored in the file
-            self._backend.no_truncation()
-            self._backend.no_padding()
         self.vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         if not self.vocab:
             raise ValueError(f"{where}: the vocabulary is empty")
         added = self._backend.get_added_tokens_decoder()
         self.control_ids = frozenset(i for i, token in added.items() if token.special)
         self.size = max(self.vocab.values()) + 1
+        if self.size > 4 * len(self.vocab) + MAX_GAP:  # tables of all ids are made
+            raise ValueError(f"{where}: {len(self.vocab):,} entries with ids up to {self.size - 1:,}: most are missing")
         self.padded_size = -(-self.size // 64) * 64
         self._config = self._completed(config)
         self._check_text_is_text()
@@ -90,9 +104,12 @@ class Tokenizer:
         """
         file, rules = _find(path)
         beside = file.with_name("tokenizer_config.json")
+        for each in (beside, file.with_name("chat_template.jinja")):
+            if each.is_symlink():
+                durable.plain(each)
         config = _read_json(beside) if beside.is_file() else {}
         if (template := file.with_name("chat_template.jinja")).is_file():  # where newer directories keep it
-            config.setdefault("chat_template", template.read_text(encoding="utf-8"))
+            config.setdefault("chat_template", _text(template))
         if not vocabularies.is_one(file, rules):
             return cls(_read_json(file), config, str(file))
         raw, own = vocabularies.read(file, rules)
@@ -134,8 +151,11 @@ class Tokenizer:
 
     def _check_text_is_text(self) -> None:
         """No control token may come from text that reads like it, which some vocabularies would look up as a word."""
-        for token in self.control_ids - {self.unknown_id}:
-            name, got = self._names[token], list[int]()
+        names = [(name, token) for name, token in self.vocab.items() if token in self._never_text]
+        if len(names) > len(self._never_text):
+            raise ValueError(f"{self._where}: two entries of the vocabulary have the id of one control token")
+        for name, token in names:
+            got = list[int]()
             with suppress(ValueError), self._guard(""):  # what cannot be encoded is no control token either
                 got = self._backend.encode(name, add_special_tokens=False).ids
             if token in got:
@@ -143,6 +163,18 @@ class Tokenizer:
                     f"{self._where}: the text {name!r} would become the control token of that name; the pre-tokenizer"
                     " has to split it, or the model's vocabulary must leave it to added_tokens"
                 )
+
+    @cached_property
+    def _never_text(self) -> frozenset[int]:
+        return self.control_ids - {self.unknown_id}
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """`ids`, which are of a text; where rules rewrite it first, another text may become what control tokens read like."""
+        if self._raw.get("normalizer") is not None and not self._never_text.isdisjoint(ids):
+            raise ValueError(
+                f"{self._where}: its normalizer makes a control token of a text; such a vocabulary is not used"
+            )
+        return ids
 
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:
@@ -176,22 +208,22 @@ class Tokenizer:
         pieces = [self._pieces(text) for text in texts]
         with self._guard_text(texts):
             flat = self._backend.encode_batch_fast([p for some in pieces for p in some], add_special_tokens=False)
-        encoded = iter(flat)
-        return [[i for _ in some for i in next(encoded).ids] if len(some) > 1 else next(encoded).ids for some in pieces]
+        encoded = (self._as_text(each.ids) for each in flat)
+        return [[i for _ in some for i in next(encoded)] if len(some) > 1 else next(encoded) for some in pieces]
 
     def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on one core: for worker processes, which have the others."""
         encode = self._backend.encode
         with self._guard_text(texts):
             return [
-                [i for piece in self._pieces(text) for i in encode(piece, add_special_tokens=False).ids]
+                [i for piece in self._pieces(text) for i in self._as_text(encode(piece, add_special_tokens=False).ids)]
                 for text in texts
             ]
 
     def encode_unit(self, text: str) -> list[int]:
         """`encode` of a short text, with less around it."""
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return self._as_text(self._backend.encode(text, add_special_tokens=False).ids)
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException:
@@ -203,7 +235,7 @@ class Tokenizer:
         with self._guard_text([text]):
             for piece in self._pieces(text):
                 encoding = self._backend.encode(piece, add_special_tokens=False)
-                ids.append(np.array(encoding.ids, dtype=np.int64))
+                ids.append(np.array(self._as_text(encoding.ids), dtype=np.int64))
                 words.append(np.array(encoding.word_ids, dtype=np.int64) + before)
                 before = words[-1][-1] + 1 if len(words[-1]) else before
         return np.concatenate(ids), np.concatenate(words)
@@ -436,7 +468,10 @@ def _line_start(text: str, position: int) -> int:
 
 
 def _find(path: Path) -> tuple[Path, str | None]:
-    """The file that `path` means, and what follows a # in it: the rules of a vocabulary that does not bring its own."""
+    """The file that `path` means, and what follows a # in it: the rules of a vocabulary that does not bring its own.
+
+    A file that is found in a directory, or stands beside one that is named, is no link: ValueError.
+    """
     text, mark, rules = str(path).partition("#")
     if mark and not path.exists():
         path = Path(text)
@@ -446,17 +481,24 @@ def _find(path: Path) -> tuple[Path, str | None]:
         raise FileNotFoundError(f"{path} does not exist; name a tokenizer.json or a directory that holds one")
     checkpoints = sorted((path / "checkpoints").glob("step_*/tokenizer.json"))
     for file in (path / "tokenizer.json", *reversed(checkpoints), *vocabularies.files(path)):
-        if file.is_file():
-            return file, rules or None
+        if file.is_symlink() or file.is_file():
+            return durable.plain(file), rules or None
     raise FileNotFoundError(
         f"{path} holds no tokenizer.json, nor a checkpoint with one, vocab.json and merges.txt, tokenizer.model or a"
         " .tiktoken file"
     )
 
 
+def _text(path: Path) -> str:
+    try:
+        return sieve.content(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
+        data = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); a tokenizer comes as a tokenizer.json") from None
     if not isinstance(data, dict):

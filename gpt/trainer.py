@@ -1,274 +1,287 @@
 """train(): the one loop, for pretraining and fine-tuning, on any device. Everything it needs is a noun built once before step 1.
 
-A run is its name and its settings: the same call continues where it stopped, other settings under the same name are refused.
+A run is its name and its settings: the same call continues where it stopped; of other settings under the same name those that
+may not change on the way are refused.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from gpt import adapters, durable, hf, parallel, plan, runtime, settle, signals
 from gpt import config as settings
-from gpt.checkpoint import ADAPTER, WEIGHTS, Checkpoints, load_optimizer, load_state, save
+from gpt import durable, parallel, plan, resume, runtime, settle, signals
+from gpt.checkpoint import Checkpoints, load_optimizer, load_state
 from gpt.data import Batch, Data, Loader, open_data, prefetched
-from gpt.evaluate import Evaluation, Preferred, evaluate, prefer, views
-from gpt.generate import Sampling, complete
-from gpt.log import WATCHER_GONE, Log
-from gpt.loss import Objective, Preferences, n_terms
+from gpt.judge import Check, finite
+from gpt.log import WATCHER_GONE, Log, Silence, duration
+from gpt.loss import n_terms
+from gpt.model import GPT
 from gpt.optim import Optimizer
+from gpt.parts import Parts
 from gpt.plan import Choices
-from gpt.run import RunDirectory, best_of, scores_of
+from gpt.preflight import Preflight
+from gpt.ranks import AXES, Forward, Ranks, sizes
+from gpt.run import RunDirectory
+from gpt.saving import Writer
 from gpt.schedule import due, factor
+from gpt.session import Session, State, contents, kept, undone
 from gpt.settle import RUNS, TrainConfig
+from gpt.team import Elsewhere, Team
+from gpt.watchdog import Watchdog
 
-SAMPLE_TOKENS = 100
-EVAL_TOKENS = 4096  # of one forward pass of an evaluation, which keeps no activations
+PATIENCE_S = 600  # with a rank from which nothing is heard
+LOOK = 0.8  # of that, after which a silent rank writes down where it stands
+Status = Callable[[str, str, int | None], None]  # state, reason, exit code
+
+
+ALONE = Ranks()  # one process
 
 
 def update(
-    forward: parallel.Forward, optimizer: Optimizer, batch: Batch, config: TrainConfig, choices: Choices, step: int
+    forward: Forward,
+    optimizer: Optimizer,
+    batch: Batch,
+    config: TrainConfig,
+    choices: Choices,
+    step: int,
+    ranks: Ranks = ALONE,
+    check: Check = finite,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step on `batch`; (loss in nats per target or pair, gradient norm before clipping), still on the device.
+    """One optimizer step on `batch`, the whole one, of which each rank takes its share; (loss in nats per target or pair,
+    gradient norm before clipping), on one rank still on the device.
 
-    Raises FloatingPointError, with the weights untouched, if either is not finite.
+    Raises Bad, a FloatingPointError, with the weights untouched, if either is not finite or `check` says so.
     """
     n = max(1, n_terms(config.objective, batch))
-    loss = torch.zeros((), device=choices.device)
-    parts = zip(*(x.split(choices.micro_batch) for x in batch.given), strict=True)
-    for i, part in enumerate(parts):
-        torch.manual_seed(runtime.key(config.seed, step, "dropout", i))
+    parts = list(zip(*(x.split(choices.micro_batch) for x in batch.given), strict=True))
+
+    def share(i: int, factor: float) -> Tensor:
+        torch.manual_seed(runtime.key(config.seed, step, ranks.draws("dropout"), i))
         with runtime.autocast(choices.device, choices.dtype):
-            nats = forward(*(x.to(choices.device, non_blocking=True) for x in part))
-        (nats / n).backward()
-        loss += nats.detach() / n
-    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.names, config.optim.clip or math.inf)
-    if not torch.isfinite(loss + grad_norm):
-        raise FloatingPointError(
-            f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}; the update was not made. "
-            f"Lower optim.lr ({config.optim.lr}) or lengthen schedule.warmup, and start again with --fresh"
-        )
+            nats = forward(*(x.to(choices.device, non_blocking=True) for x in parts[i]))
+        (nats / n * factor).backward()
+        return nats.detach() / n
+
+    loss, grad_norm = ranks.agreed(optimizer, ranks.total(forward, optimizer, len(parts), share), config.optim.clip)
+    check(step, loss, grad_norm)
     optimizer.step(factor(config.schedule, step, choices.steps))
     return loss, grad_norm
 
 
-@dataclass(frozen=True)
-class State:
-    """Where a checkpoint stands; everything else follows from the step and the settings."""
+def train(
+    given: TrainConfig,
+    *,
+    fresh: bool = False,
+    allow: Sequence[str] = (),
+    wait_lock: float = 0.0,
+    runs: Path = RUNS,
+    updates: int | None = None,
+    console: Console,
+) -> None:
+    """Train the run `given.name` in `runs` from where it stands to its end; status.json says how it ended.
 
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-
-
-@dataclass
-class Session:
-    """One run at work: its settings with every choice made, its data, and what an update touches."""
-
-    config: TrainConfig
-    choices: Choices
-    run: RunDirectory
-    saves: Checkpoints
-    log: Log
-    data: Data
-    loader: Loader
-    objective: Objective
-    optimizer: Optimizer
-    elapsed: Callable[[], float]  # seconds of training, over all resumes
-    base: hf.Base | None  # what an adapter stands on
-    scores: dict[int, float] = field(init=False)  # val_bpb (of pairs val_loss) by step
-    sampled: set[int] = field(init=False)  # steps whose sample stands in metrics.jsonl
-
-    def __post_init__(self) -> None:
-        lines = self.run.metrics()
-        self.scores = scores_of(lines)
-        self.sampled = {line["step"] for line in lines if line["kind"] == "sample"}
-
-    def tokens(self, step: int) -> int:
-        return step * self.config.train.batch_tokens
-
-    def report(self, step: int, loss: Tensor, grad_norm: Tensor, steps_per_s: float) -> None:
-        """Log update `step`; the only place where training waits for metrics."""
-        config, rate = self.config, steps_per_s * self.config.train.batch_tokens
-        reference = config.objective.kind == "dpo"
-        flops = rate * plan.flops_per_token(self.objective.model, config.data.seq_len, reference=reference)
-        peak = plan.peak_flops(self.choices.device)
-        self.log.train(
-            step,
-            tokens=self.tokens(step),
-            loss=float(loss),
-            lr=config.optim.lr * factor(config.schedule, step, self.choices.steps),
-            grad_norm=float(grad_norm),
-            tokens_per_second=rate,
-            mfu=flops / peak if peak else None,
-            elapsed_s=self.elapsed(),
-            peak_memory_bytes=runtime.peak_memory_bytes(self.choices.device),
-        )
-
-    def save(self, step: int) -> None:
-        """Write the checkpoint of `step`, if it is not there, then let go of those that are neither new nor best."""
-        if step in self.saves.steps():
-            return
-        model, tokenizer, adapter = self.objective.model, self.data.tokenizer, self.config.adapter
-        if adapter is None or self.base is None:
-            files, weights = hf.model_files(model.config, tokenizer), hf.to_disk(model.config, model.state_dict())
-        else:
-            files, weights = hf.adapter_files(model, tokenizer, adapter, self.base), adapters.to_peft(model)
-        self.log.sync()
-        save(
-            self.saves.path(step),
-            model_files=files,
-            weights=weights,
-            weights_file=WEIGHTS if adapter is None else ADAPTER,
-            optimizer=self.optimizer.state(),
-            run_yaml=settings.dump(self.config),
-            state=asdict(State(step, self.tokens(step), self.elapsed())),
-        )
-        self.saves.prune(self.best())
-
-    def best(self) -> int | None:
-        """The step of the best checkpoint."""
-        return best_of(self.scores, self.saves.steps())
-
-    def observe(self, step: int) -> None:
-        """What follows the save of `step`: its evaluation and its sample, where due and not yet in metrics.jsonl.
-
-        A stop request during them saves the step first, then raises signals.Stopped.
-        """
-        config, steps = self.config, self.choices.steps
-        evaluating = due(step, config.eval.every, steps) if step else config.init_from is not None
-        sampling = step > 0 and due(step, config.log.sample_every, steps)
-        try:
-            if evaluating and step not in self.scores:
-                self._evaluate(step)
-            if sampling and step not in self.sampled:
-                self._sample(step)
-        except signals.Stopped:
-            self.stop(step)
-
-    def stop(self, step: int) -> NoReturn:
-        """Save `step` and raise signals.Stopped."""
-        if step:
-            self.save(step)
-        raise signals.Stopped(
-            f"stopped by {signals.stop_requested()} at step {step}; the same command continues from there"
-        )
-
-    def _evaluate(self, step: int) -> None:
-        config, choices = self.config, self.choices
-        row = settle.row_length(config)
-        how: dict[str, Any] = {
-            "seq_len": config.data.seq_len,
-            "document_mask": config.data.document_mask,
-            "prefix": config.model.prefix_lm,
-            "batch_rows": max(choices.micro_batch, EVAL_TOKENS // row),
-            "device": choices.device,
-            "dtype": choices.dtype,
-        }
-        if isinstance(self.objective, Preferences):
-            result: Evaluation | Preferred = prefer(self.objective, views(self.data), config.eval, **how)
-        else:
-            result = evaluate(self.objective, views(self.data), config.eval, self.data.tokenizer, **how)
-        self.scores[step] = result.score
-        self.log.eval(step, tokens=self.tokens(step), **asdict(result), elapsed_s=self.elapsed())
-
-    def _sample(self, step: int) -> None:
-        model, tokenizer = self.objective.model, self.data.tokenizer
-        seed, (asked, ends) = (
-            runtime.key(self.config.seed, step, "sample"),
-            opening(self.data, self.config.data.seq_len),
-        )
-        events = complete(model, tokenizer, [asked], Sampling(), SAMPLE_TOKENS, seed=seed, stop_ids=ends)
-        text = tokenizer.decode(asked[1:]) + "".join(event.text for event in events)
-        self.log.sample(step, tokens=self.tokens(step), text=text)
-
-    def out_of_patience(self) -> bool:
-        """Whether the last `train.patience` evaluations all failed to improve on the best before them."""
-        patience, scores = self.config.train.patience, list(self.scores.values())
-        return patience is not None and len(scores) > patience and min(scores[-patience:]) >= min(scores[:-patience])
-
-
-def opening(data: Data, seq_len: int) -> tuple[list[int], set[int]]:
-    """What a sample continues, and what ends it: the first prompt of the validation split, or else the start of a text."""
-    tokenizer = data.tokenizer
-    for val in (part.val for part in data.parts if part.val.has_spans):
-        start, end = [*val.document_starts[:2].tolist(), val.n_tokens][:2]
-        learned = (span for span in val.spans(start, end - start) if span.kind == "train" and span.start > start + 1)
-        span = next(learned, None)
-        if span is not None and span.start - start < seq_len:
-            *_, last = val.read(start, span.end - start).tolist()
-            ends = {tokenizer.end_id, last} & {tokenizer.end_id, *tokenizer.control_ids}
-            return val.read(start, span.start - start).tolist(), ends
-    return [tokenizer.start_id], {tokenizer.end_id}
-
-
-def train(given: TrainConfig, *, fresh: bool = False, console: Console) -> None:
-    """Train the run `given.name` from where it stands to its end; status.json says how it ended.
-
-    Raises signals.Stopped when asked to stop (the step is saved), ValueError for what the user can mend, FloatingPointError
-    on non-finite numbers.
+    `allow` names settings that may be others than those it was started with. Another process that still holds the run is
+    waited for, `wait_lock` seconds at most. After that many `updates` it stops as if asked to. Raises signals.Stopped when
+    asked to stop (the step is saved), ValueError for what the user can mend, FloatingPointError on non-finite numbers.
     """
-    began = time.monotonic()
+    signals.check()  # here and below: what can be stopped before there is a step to save
+    settle.check(given)
+    resume.check_allowed(TrainConfig, allow)
+    data = open_data(given.data)
+    signals.check()
+    device = runtime.best_device()[0] if given.train.device == "auto" else given.train.device
+    runtime.check_device(device)
+    with Team.joined(PATIENCE_S + wait_lock, device) as team:
+        n = sizes(given.parallel, team.size)
+        ranks = Ranks(team, n, canonical=given.parallel.canonical, device=device)
+        _train(given, data, ranks, fresh, allow, wait_lock, runs, updates, console)
+
+
+@contextmanager
+def _held(run: RunDirectory, saves: Checkpoints, team: Team, wait_lock: float) -> Iterator[Path | None]:
+    """The run's directory is this process's, or that of rank 0; the latest checkpoint, which is whole."""
+    with ExitStack() as held:
+        with team.together():
+            if team.first:
+                held.enter_context(run.lock(wait_lock))
+                saves.sweep()
+                undone(run, saves)
+        yield saves.latest(team)
+
+
+def _train(
+    given: TrainConfig,
+    data: Data,
+    ranks: Ranks,
+    fresh: bool,
+    allow: Sequence[str],
+    wait_lock: float,
+    runs: Path,
+    updates: int | None,
+    console: Console,
+) -> None:
+    """What each rank does of `train`; rank 0 alone writes and speaks."""
+    began, team = time.monotonic(), ranks.team
 
     def say(line: str) -> None:
-        with suppress(*WATCHER_GONE):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if team.first:
+            with suppress(*WATCHER_GONE):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    settle.check(given)
-    data = open_data(given.data)
     if fresh:
-        given = given.model_copy(update={"name": settle.unused(given.name)})
+        given = given.model_copy(update={"name": team.told(settle.unused(given.name))})
         say(f"starting {given.name}; continue it with name={given.name}, without --fresh")
-    run = RunDirectory(RUNS, given.name)
-    with run.lock():
-        saves = Checkpoints(run.checkpoints, given.checkpoint.keep)
-        saves.sweep()
-        latest = saves.latest()
-        state = State() if latest is None else State(**load_state(latest))
+    if given.branch_from is not None and not (runs / given.name).exists():
+        resume.trunk(given.branch_from)  # what it cannot begin from leaves no run behind
+    run = RunDirectory(runs, given.name)
+    saves = Checkpoints(run.checkpoints, given.checkpoint.keep)
+    with _held(run, saves, team, wait_lock) as latest:
+        origin = resume.origin(given, latest, team)
+        state = State(**origin.state)
 
         def elapsed() -> float:
             return state.elapsed_s + time.monotonic() - began
 
-        base = settle.base(given, latest)
-        wanted = latest is None or base is not None or settle.needs_source(given)
+        base = settle.base(given, origin.path)
+        wanted = origin.path is None or base is not None or settle.needs_source(given)
         source = settle.source(given, data, say, base) if wanted else None
-        config = settle.agree(given, run, latest, data, source)
-        with _recorded(run, saves):
-            model = settle.build(config, source, say)
+        config = settle.agree(given, run, latest, data, source, origin, allow)
+        ends_at = _time_limit(say)
+        with _recorded(run, saves, team) as status, _watched(run, config, status, ends_at, team) as watch:
+            ranks.check()
+            with team.together():
+                preflight = Preflight(run, data, say)
+            _say_ranks(ranks, say)
+            model = settle.build(config, source, say, in_parts=ranks.n.in_parts)
             source = source if settle.needs_source(config) else None
-            settle.check_space(run, saves, given.checkpoint.keep, model)
+            with team.together():
+                settle.check_space(run, saves, given.checkpoint.keep, model)
+            watch.expect_saves(plan.save_s(model))
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
             read_source = partial(settle.source, given, data, lambda line: None, base)
-            fill = partial(settle.fill, model, config, latest, read_source)
+            ranks.check()
             objective = settle.objective(config, model, source)
-            config = settle.settle(config, objective, source, fill, data, loader, update, elapsed, say)
+            if ranks.n.in_parts:
+                parallel.in_parts(objective, ranks, settle.device(config))
+            parts = Parts(ranks, model)
+            fill = partial(settle.fill, model, parts, config, read_source=read_source)
+            made = partial(contents, parts=parts, data=data, base=base)
+            rehearse = partial(preflight.rehearse, objective, loader, update, state, made, parts)
+            first = partial(fill, origin.path)
+            config = settle.settle(
+                config, objective, source, first, data, loader, update, elapsed, say, parts, rehearse
+            )
             assert config.choices is not None
-            optimizer = Optimizer(model, config.optim)
-            if latest is not None:
-                optimizer.load_state(load_optimizer(latest))
+            optimizer, restore = _restored(config, model, parts, origin, saves, fill)
+            if origin.path is not None:
+                resume.report(given, run.config_path, config, origin, loader, say)
+            ranks.check()
+            judge, loader.skipped = kept(run, config, state)
+            _agreed(run, config, -1 if latest is None else state.step, team)
+            beside: dict[str, Any] = {"background": config.checkpoint.background, "say": say, "watch": watch}
+            with _logged(run, config, console, team) as log, Writer(team, **beside) as writer:
+                how: dict[str, Any] = {"compile": config.choices.compile, "checkpointing": config.train.checkpointing}
+                forward = parallel.applied(objective, **how, ranks=ranks)
+                at_work = (run, saves, log, data, loader, objective, optimizer, elapsed, base, parts, forward, update)
+                session = Session(config, config.choices, *at_work, writer, judge, watch, restore)
+                if origin.branches:
+                    session.save(state.step)  # from here on it needs the trunk no more
+                last = _loop(session, state.step, updates)
+        if team.first:
+            _farewell(session, last, say)
+
+
+def _restored(
+    config: TrainConfig,
+    model: GPT,
+    parts: Parts,
+    origin: resume.Origin,
+    saves: Checkpoints,
+    fill: Callable[[Path | None], None],
+) -> tuple[Optimizer, Callable[[], State]]:
+    """(the optimizer as it was at `origin`, what gives it and the model what the latest checkpoint holds)."""
+    optimizer = Optimizer(model, config.optim, parts)
+    if origin.path is not None:
+        optimizer.load_state(load_optimizer(origin.path, parts.wanted))
+
+    def restore() -> State:
+        latest = saves.latest(parts.ranks.team)
+        fill(latest)
+        optimizer.reset()
+        if latest is None:
+            return State()
+        optimizer.load_state(load_optimizer(latest, parts.wanted))
+        return State(**load_state(latest))
+
+    return optimizer, restore
+
+
+def _say_ranks(ranks: Ranks, say: Callable[[str], None]) -> None:
+    """How the ranks share the work, in words; nothing of one alone."""
+    told = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, ranks.n, strict=True) if n > 1)
+    if told:
+        say(f"ranks: {ranks.team.size} ({told}{', canonical' if ranks.canonical else ''})")
+
+
+def _agreed(run: RunDirectory, config: TrainConfig, step: int, team: Team) -> None:
+    """Write down what the run goes on with from `step` on."""
+    with team.together():
+        if team.first:
             durable.write_file(run.config_path, settings.dump(config).encode())
-            run.truncate_metrics(-1 if latest is None else state.step)
-            steps = config.choices.steps
-            with Log(run.path, config.log, run_config=_public(config), steps=steps, console=console) as log:
-                at_work = (run, saves, log, data, loader, objective, optimizer, elapsed, base)
-                session = Session(config, config.choices, *at_work)
-                last = _loop(session, state.step)
-        early = f"no better score in {config.train.patience} evaluations"
-        run.status("done", last, "all steps made" if last == steps else early)
-        _farewell(session, say)
+            run.truncate_metrics(step)
 
 
-def _loop(session: Session, start: int) -> int:
-    """Make updates start + 1 .. steps and do what is due after each; return the last step made."""
+def _logged(run: RunDirectory, config: TrainConfig, console: Console, team: Team) -> Log:
+    """Where this rank's records go."""
+    assert config.choices is not None
+    if not team.first:
+        return Silence()
+    how: dict[str, Any] = {"steps": config.choices.steps, "console": console, "clock": not config.parallel.canonical}
+    return Log(run.path, config.log, run_config=_public(config), **how)
+
+
+def _time_limit(say: Callable[[str], None]) -> float | None:
+    """When the job is ended, if it is and still to come; said in one line."""
+    ends_at = runtime.job_ends_at()
+    if ends_at is None or (left := ends_at - time.time()) <= 0:
+        return None
+    at = time.strftime("%H:%M:%S", time.localtime(ends_at))
+    say(f"time limit: the job ends at {at}, in {duration(left)}; the run is saved and stops two saves before")
+    return ends_at
+
+
+def _watched(run: RunDirectory, config: TrainConfig, status: Status, ends_at: float | None, team: Team) -> Watchdog:
+    def tell(reason: str) -> None:
+        status("failed", reason, signals.STUCK)
+
+    stacks = "hung_stacks.txt" if team.first else f"hung_stacks_{team.rank}.txt"
+    # Those that wait for a hung rank end before it does, and the launcher then kills it: by that time its stacks are written.
+    look_s = None if team.size == 1 else LOOK * PATIENCE_S
+    return Watchdog(config.train.hang, run.path / stacks, tell, ends_at, look_s)
+
+
+def _loop(session: Session, start: int, most: int | None = None) -> int:
+    """Make updates start + 1 .. steps, or so many, and do what is due after each; return the last step made.
+
+    Where numbers go wrong and the settings say so, go on from the last checkpoint.
+    """
+    while True:
+        try:
+            return _updates(session, start, most)
+        except (FloatingPointError, Elsewhere) as error:
+            start = session.rolled_back(error)
+
+
+def _updates(session: Session, start: int, most: int | None) -> int:
     config, choices = session.config, session.choices
-    forward = parallel.applied(session.objective, compile=choices.compile, checkpointing=config.train.checkpointing)
+    session.at = start
     session.observe(start)
     if session.out_of_patience():
         return start
@@ -276,14 +289,17 @@ def _loop(session: Session, start: int) -> int:
     pin = choices.device.startswith("cuda")
     with closing(prefetched(session.loader, start + 1, choices.steps, pin)) as batches:
         for step, batch in enumerate(batches, start + 1):
-            loss, grad_norm = update(forward, session.optimizer, batch, config, choices, step)
-            if due(step, config.log.every, choices.steps):
-                session.report(step, loss, grad_norm, (step - reported) / (time.monotonic() - clock))
+            numbers = session.made(batch, step)
+            session.writer.check()
+            if numbers is not None and due(step, config.log.every, choices.steps):
+                session.report(step, *numbers, (step - reported) / (time.monotonic() - clock))
                 reported, clock = step, time.monotonic()
-            if signals.stop_requested():
+            if session.parts.ranks.stopping or step - start == most:
                 session.stop(step)
             if due(step, config.checkpoint.every, choices.steps):
                 session.save(step)
+                if step < choices.steps and session.parts.ranks.asked():
+                    session.stop(step)
             if due(step, config.eval.every, choices.steps) or due(step, config.log.sample_every, choices.steps):
                 away = time.monotonic()
                 session.observe(step)
@@ -295,32 +311,45 @@ def _loop(session: Session, start: int) -> int:
 
 
 @contextmanager
-def _recorded(run: RunDirectory, saves: Checkpoints) -> Iterator[None]:
+def _recorded(run: RunDirectory, saves: Checkpoints, team: Team) -> Iterator[Status]:
     """Tell in status.json that the run is at work, and how it stopped if it did not come to its end."""
 
-    def status(state: str, reason: str) -> None:
+    def status(state: str, reason: str, exit_code: int | None) -> None:
         with suppress(OSError):  # a full disk must not hide what went wrong
-            run.status(state, max(saves.steps(), default=0), reason)
+            if team.first:
+                run.status(state, max(saves.steps(), default=0), reason, exit_code)
 
-    status("running", "")
+    status("running", "", None)
     try:
-        yield
-    except signals.Stopped as stopped:
-        status("preempted", str(stopped))
-        raise
+        yield status
     except BaseException as error:
-        status("failed", f"{type(error).__name__}: {error}")
+        code = signals.exit_code(error)
+        named = str(error) if code == signals.PREEMPTED else f"{type(error).__name__}: {error}"
+        named = signals.explain(error, code) if signals.secondary(error) and code != signals.PREEMPTED else named
+        status("preempted" if code == signals.PREEMPTED else "failed", named, code)
         raise
 
 
 def _public(config: TrainConfig) -> dict[str, object]:
     """What a tracker may know: sizes and rates, no paths."""
-    hidden = ("name", "init_from", "data.path", "data.tokenizer", "data.mixture", "data.sources", "log.")
+    hidden = (
+        "name",
+        "init_from",
+        "branch_from",
+        "history",
+        "data.path",
+        "data.tokenizer",
+        "data.mixture",
+        "data.sources",
+        "log.",
+    )
     return {name: value for name, value in settings.flatten(config).items() if not name.startswith(hidden)}
 
 
-def _farewell(session: Session, say: Callable[[str], None]) -> None:
-    """Say how it ended and what to type next."""
+def _farewell(session: Session, last: int, say: Callable[[str], None]) -> None:
+    """Say how it ended, in status.json too, and what to type next."""
+    early = f"no better score in {session.config.train.patience} evaluations"
+    session.run.status("done", last, "all steps made" if last == session.choices.steps else early, signals.DONE)
     best = session.best()
     if best is not None:
         unit = "nats/pair" if session.config.objective.of_pairs else "bits/byte"

@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, AnyStr
 
+from gpt import durable, sieve
+
 Raw = dict[str, Any]
 
 END = "<|endoftext|>"  # opens every document, and so closes the one before
@@ -88,7 +90,7 @@ def read(file: Path, rules: str | None = None) -> tuple[Raw, Raw]:
     """
     if file.name in ("vocab.json", "merges.txt"):
         return _gpt2(file.parent)
-    data = file.read_bytes()
+    data = sieve.content(file)
     if not data:
         raise ValueError(f"{file}: the file is empty")
     if _looks_like_ranks(data) or file.suffix == ".tiktoken" or rules is not None:
@@ -184,6 +186,8 @@ def _gpt2(directory: Path) -> tuple[Raw, Raw]:
         directory / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
     )
     for file, other in ((vocab_file, merges_file), (merges_file, vocab_file)):
+        if file.is_symlink():
+            durable.plain(file)
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there; {other.name} alone is half a vocabulary")
     vocab = _json(vocab_file)
@@ -223,7 +227,7 @@ def _merges(file: Path) -> Iterator[tuple[str, str]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return sieve.content(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error})") from None
 
@@ -314,6 +318,7 @@ def _checked(file: Path, pattern: str) -> str:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MODELS: Mapping[object, str] = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 SPACE = "▁"
+SPACES = (rf"\A +|[ {SPACE}]+\z", r" {2,}")  # at the ends, and in a row
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -407,7 +412,7 @@ def _sentencepiece(file: Path, data: bytes) -> tuple[Raw, Raw]:
     )
     steps: list[Raw] = []
     if model.normalizer.get(4, 1):  # remove_extra_whitespaces
-        steps += [_replace({"Regex": pattern}, to) for pattern, to in ((rf"\A +|[ {SPACE}]+\z", ""), (r" {2,}", " "))]
+        steps += [_replace({"Regex": pattern}, to) for pattern, to in zip(SPACES, ("", " "), strict=True)]
     dummy = bool(model.normalizer.get(3, 1))
     steps += [{"type": "Prepend", "prepend": SPACE}] if dummy else []
     raw["normalizer"] = {"type": "Sequence", "normalizers": [*steps, _replace({"String": " "}, SPACE)]}

@@ -13,6 +13,8 @@ class Killed(BaseException):
     """The process ended here: nothing after it happens."""
 
 
+tried = 0  # faults that came, in this process: for who counts them
+
 FAULTS = [Killed(), OSError(errno.ENOSPC, "no space left"), OSError(errno.EIO, "input/output error")]
 
 
@@ -83,13 +85,21 @@ def n_operations(action: Callable[[], object]) -> int:
     return counting.n_operations
 
 
+def count(n: int = 1) -> None:
+    global tried
+    tried += n
+
+
 def failed(k: int, fault: BaseException, action: Callable[[], object]) -> bool:
     """Do `action` with a fault at operation k; whether it was noticed."""
-    with installed(Failing(k, fault)):
+    disk = Failing(k, fault)
+    with installed(disk):
         try:
             action()
         except (OSError, Killed):
             return True
+        finally:
+            count(disk.n_operations >= k)
     return False
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = sorted(path for path in (ROOT / "gpt").glob("*.py") if path.stem != "__init__")
 VERBS = [path for path in (ROOT / "train.py", ROOT / "sample.py", ROOT / "data" / "prepare.py") if path.exists()]
 # Rooms and verbs: their main imports late.
-ROOM_VERBS = [ROOT / "gpt" / f"{name}.py" for name in ("look", "hf", "lora", "evaluate", "harness")]
+ROOM_VERBS = [ROOT / "gpt" / f"{name}.py" for name in ("look", "hf", "lora", "evaluate", "harness", "checkpoint")]
 COMMANDS = [*VERBS, *ROOM_VERBS]
 FIRST = {  # what a room's verb is told before a path and flags
     "look": ["data"],
@@ -23,6 +23,7 @@ FIRST = {  # what a room's verb is told before a path and flags
     "lora": ["merge", "y"],
     "evaluate": [],
     "harness": ["--tasks", "y"],
+    "checkpoint": ["verify"],
 }
 SOURCES = sorted({*ROOMS, *ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")})
 DRAWING = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
@@ -140,10 +141,10 @@ def test_the_model_knows_tensors_and_its_config():
 
 
 @each(ROOMS)
-def test_only_parallel_knows_that_there_are_others(path):
+def test_only_rooms_of_ranks_know_that_there_are_others(path):
     known = {dotted(node) for node in ast.walk(tree(path))} | {m for n in ast.walk(tree(path)) for m in imported(n)}
     distribution = ("torch.compile", "torch.distributed", "torch.nn.parallel", "torch.utils.checkpoint")
-    if path.stem not in ("parallel", "runtime"):
+    if path.stem not in ("parallel", "parts", "ranks", "runtime", "team"):
         assert not [what for what in known if what.startswith(distribution)]
 
 
@@ -235,62 +236,206 @@ def test_every_setting_says_what_it_means():
 
 
 FORBIDDEN_MODULES = {
-    "pickle",
-    "cPickle",
-    "_pickle",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "marshal",
-    "shelve",
-    "imp",
-    "runpy",
-}
-FORBIDDEN_CALLS = {"eval", "exec", "compile()", "__import__", "torch.load", "torch.save", "os.popen"} | {
-    "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "torch.hub.load", "os.system",
-    "importlib.import_module", "numpy.load", "np.load",
+    # formats that hold code
+    *("pickle", "cPickle", "_pickle", "pickletools", "copyreg", "dill", "cloudpickle", "joblib", "marshal", "shelve", "dbm"),
+    # ways to run or load it
+    *("imp", "runpy", "code", "codeop", "ctypes", "_ctypes", "cffi", "pty", "pdb", "subprocess", "webbrowser", "xmlrpc"),
+    *("pkgutil", "zipimport", "importlib.util", "importlib.machinery", "importlib.abc", "multiprocessing.connection"),
+    *("torch.package", "torch.hub", "torch.jit", "torch.serialization", "torch.utils.cpp_extension", "torch.storage"),
+    *("torch.distributed.checkpoint", "torch.distributed.rpc", "torch.utils.model_zoo", "numpy.ctypeslib", "jinja2.nativetypes"),
+    # a file that becomes shorter ends the process
+    *("mmap",),
 }  # fmt: skip
+FORBIDDEN = {
+    *("eval", "exec", "compile()", "execfile", "__import__", "globals()", "breakpoint()", "__builtins__"),
+    *("torch.load", "torch.save", "torch.compiler.load_cache_artifacts", "importlib.import_module", "importlib.reload"),
+    *("numpy.load", "np.load", "numpy.memmap", "np.memmap", "numpy.save", "np.save", "numpy.savez", "np.savez", "numpy.DataSource"),
+    *("os.system", "os.popen", "os.fork", "os.forkpty", "os.startfile", "os.posix_spawn", "os.posix_spawnp", "sys.settrace"),
+    *(f"os.{kind}{how}" for kind in ("exec", "spawn") for how in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
+    *(f"yaml.{name}" for name in ("load", "load_all", "full_load", "full_load_all", "unsafe_load", "unsafe_load_all")),
+    *(f"yaml.{name}" for name in ("Loader", "CLoader", "FullLoader", "UnsafeLoader", "YAMLObject", "add_constructor")),
+    *("jinja2.Environment()", "Environment()", "jinja2.Template()", "NativeEnvironment", "SandboxedEnvironment()"),
+    *("tempfile.mktemp", "shutil.unpack_archive", "datasets.load_dataset", "pyarrow.deserialize", "pandas.read_pickle"),
+}  # fmt: skip
+# By whatever name their owner goes.
+FORBIDDEN_ANYWHERE = {
+    *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list"),
+    *("recv_object_list", "rpc_sync", "rpc_async", "remote_device", "extractall", "read_pickle", "to_pickle", "unpack_archive"),
+    *("load_module", "exec_module", "spec_from_file_location", "find_class", "Unpickler", "Pickler", "register_extension_type"),
+    *("__globals__", "__subclasses__", "__reduce__", "__reduce_ex__", "__setstate__", "__builtins__", "allow_extension_types"),
+    *("get_class_from_dynamic_module", "load_cache_artifacts", "add_safe_globals", "memory_map", "import_module"),
+}  # fmt: skip
+FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle", "weights_only", "pickle_module", "unsafe_load"}
+REFUSED_VALUES = {"shell=True", "mmap=True", "use_pickle=True", "local_dir_use_symlinks=True"}
 
 
 def dangers(module: ast.Module) -> list[str]:
-    """What could run code from a file, with its line."""
+    """What could run code from a file, with its line; a name under which something is imported counts as what it is."""
     found = []
+    real: dict[str, str] = {}  # `from os import system as s`, `import numpy as n`
     for node in ast.walk(module):
-        names = [modules.split(".")[0] for modules in imported(node)]
-        if isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
-            names.append(dotted(node))
-        if isinstance(node, ast.Call):  # a variable may be called compile, the builtin may not be called
-            names.append(f"{dotted(node.func)}()")
-        if isinstance(node, ast.keyword):
-            names.append(f"{node.arg}={ast.unparse(node.value)}")
-            names.append(f"{node.arg}=")
-        hits = [n for n in names if n in FORBIDDEN_MODULES | FORBIDDEN_CALLS]
-        hits += [
-            n for n in names if n in ("shell=True", "allow_pickle=True", "weights_only=False", "trust_remote_code=")
-        ]
-        found += [f"line {getattr(node, 'lineno', 0)}: {hit}" for hit in hits]
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            real |= {alias.asname or alias.name: prefix + alias.name for alias in node.names if alias.asname or prefix}
+    for node in ast.walk(module):
+        whole: list[str] = []  # by full names
+        parts: list[str] = []  # by what stands behind the last dot
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = imported(node)
+            if isinstance(node, ast.ImportFrom):
+                modules = [*modules, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            split = [name.split(".") for name in modules]
+            whole = [".".join(names[:end]) for names in split for end in range(1, len(names) + 1)]
+            parts = [names[-1] for names in split]
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+            first, dot, rest = dotted(node).partition(".")
+            name = real.get(first, first) + dot + rest
+            whole = [name] if name not in FORBIDDEN_MODULES or dot else []  # a variable may be called code
+            parts = [node.attr if isinstance(node, ast.Attribute) else node.id]
+        elif isinstance(node, ast.Call):  # a variable may be called compile, the builtin may not be called
+            whole = [f"{dotted(node.func)}()"]
+            text = node.args[1] if len(node.args) > 1 else None
+            if whole == ["getattr()"] and isinstance(text, ast.Constant) and isinstance(text.value, str):
+                whole, parts = [f"{dotted(node.args[0])}.{text.value}"], [text.value]
+        elif isinstance(node, ast.keyword):
+            whole = [f"{node.arg}={ast.unparse(node.value)}"]
+            parts = [f"{node.arg}="]
+        hits = [name for name in whole if name in FORBIDDEN_MODULES | FORBIDDEN | REFUSED_VALUES]
+        hits += [name for name in parts if name in FORBIDDEN_ANYWHERE or name.removesuffix("=") in FORBIDDEN_ARGUMENTS]
+        found += [f"line {getattr(node, 'lineno', 0)}: {hit}" for hit in dict.fromkeys(hits)]
     return found
+
+
+def unsafe_yaml(module: ast.Module) -> list[str]:
+    """Loaders of YAML that are no SafeLoader: those named, and those that a class here is made of."""
+    safe = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+    loaders = {
+        node.name
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef) and any(dotted(base) in safe for base in node.bases)
+    }
+    calls = [node for node in ast.walk(module) if isinstance(node, ast.Call) and dotted(node.func).startswith("yaml.")]
+    given = [(call, word.value) for call in calls for word in call.keywords if word.arg == "Loader"]
+    readers = ("compose", "compose_all", "parse", "scan")
+    bare = [c for c in calls if dotted(c.func)[5:] in readers and not any(w.arg == "Loader" for w in c.keywords)]
+    return [f"line {call.lineno}: {dotted(value)}" for call, value in given if dotted(value) not in safe | loaders] + [
+        f"line {call.lineno}: {dotted(call.func)} without a loader" for call in bare
+    ]
 
 
 @each(SOURCES)
 def test_no_file_from_outside_can_run_code(path):
-    assert dangers(tree(path)) == []
+    assert dangers(tree(path)) == [] and unsafe_yaml(tree(path)) == []
+
+
+REFUSED = [
+    "import pickle",
+    "from pickle import loads",
+    "import marshal as m",
+    "import shelve",
+    "from dill import load",
+    "import ctypes",
+    "eval('1')",
+    "exec(text)",
+    "compile(text, 'x', 'exec')",
+    "f = eval",
+    "torch.load(path)",
+    "torch.save(x, path)",
+    "from torch import load",
+    "subprocess.run(c, shell=True)",
+    "os.system('ls')",
+    "from os import system",
+    "os.popen('ls')",
+    "AutoModel.from_pretrained(p, trust_remote_code=flag)",
+    "yaml.load(text, L)",
+    "from yaml import load",
+    "np.load(p, allow_pickle=True)",
+    "__import__('os')",
+    "import subprocess",
+    "from subprocess import run",
+    "import runpy",
+    "import numpy as n; n.load(p)",
+    "from numpy import load",
+    "from numpy import load as read; read(p)",
+    "import torch as t; t.load(p)",
+    "from os import system as s; s('ls')",
+    "import os as o; o.popen('ls')",
+    "os.execvp('ls', [])",
+    "os.spawnl(0, 'ls')",
+    "os.fork()",
+    "dist.all_gather_object(a, b)",
+    "torch.distributed.broadcast_object_list(x)",
+    "from torch.distributed import gather_object",
+    "import torch.distributed.checkpoint as dcp",
+    "from torch.distributed import checkpoint",
+    "dist.scatter_object_list(a, b)",
+    "from torch.distributed.checkpoint import load",
+    "import torch.package",
+    "from torch import hub",
+    "torch.jit.load(p)",
+    "from torch import jit",
+    "from torch.utils import cpp_extension",
+    "importlib.import_module(name)",
+    "import importlib.util",
+    "from importlib import import_module",
+    "module.import_module(x)",
+    "importlib.reload(m)",
+    "x.exec_module(m)",
+    "import pkgutil",
+    "yaml.unsafe_load(t)",
+    "yaml.full_load(t)",
+    "yaml.load_all(t)",
+    "L = yaml.UnsafeLoader",
+    "class L(yaml.FullLoader): pass",
+    "yaml.add_constructor('!x', f)",
+    "np.memmap(p)",
+    "import mmap",
+    "np.save(p, x)",
+    "f(allow_pickle=False)",
+    "f(weights_only=False)",
+    "torch.load(p, weights_only=True)",
+    "getattr(os, 'system')",
+    "getattr(x, '__globals__')",
+    "x.__globals__",
+    "x.__subclasses__()",
+    "class X:\n    y = object.__reduce__",
+    "tar.extractall(p)",
+    "shutil.unpack_archive(a)",
+    "pd.read_pickle(p)",
+    "tempfile.mktemp()",
+    "jinja2.Environment()",
+    "Environment()",
+    "jinja2.Template(t)",
+    "from jinja2.nativetypes import NativeEnvironment",
+    "globals()['x']",
+    "import code",
+    "from code import interact",
+    "import pty",
+    "breakpoint()",
+    "__builtins__['eval']",
+    "import zipimport",
+    "import joblib",
+    "torch.serialization.add_safe_globals([X])",
+    "pickle.Unpickler(f)",
+    "import cloudpickle as c",
+    "pa.register_extension_type(x)",
+]
+
+
+@pytest.mark.parametrize("source", REFUSED)
+def test_the_gate_sees_what_it_must_refuse(source):
+    assert dangers(ast.parse(source))
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle", "from pickle import loads", "import marshal as m", "import shelve", "from dill import load",
-        "eval('1')", "exec(text)", "compile(text, 'x', 'exec')", "f = eval", "torch.load(path)", "torch.save(x, path)",
-        "from torch import load", "subprocess.run(c, shell=True)", "os.system('ls')", "from os import system", "os.popen('ls')",
-        "AutoModel.from_pretrained(p, trust_remote_code=flag)", "yaml.load(text, L)", "from yaml import load",
-        "np.load(p, allow_pickle=True)", "__import__('os')",
-    ],
-)  # fmt: skip
-def test_the_gate_sees_what_it_must_refuse(source):
-    assert dangers(ast.parse(source))
+    "source", ["yaml.compose(t)", "yaml.compose(t, Loader=L)", "yaml.parse(t, Loader=yaml.Loader)", "yaml.scan(t)"]
+)
+def test_the_gate_sees_yaml_that_is_read_without_a_safe_loader(source):
+    assert unsafe_yaml(ast.parse(source))
+
+
+def test_the_gate_lets_a_safe_loader_pass():
+    assert not unsafe_yaml(ast.parse("class L(yaml.SafeLoader): pass\nyaml.compose(t, Loader=L)"))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +446,14 @@ def test_the_gate_sees_what_it_must_refuse(source):
         "torch.compile(f)",
         "f(compile=compile)",
         "config.load(S, p)",
-        "yaml.compose(t)",
+        "yaml.compose(t, Loader=L)",
+        "import importlib.metadata",
+        "archive.extractfile(member)",
+        "re.compile(p).sub(a, b)",
+        "from torch import distributed",
+        "getattr(config, name)",
+        "input = 3",
+        "code = 1",
     ],
 )
 def test_the_gate_lets_ordinary_code_pass(source):

@@ -1,8 +1,12 @@
 import hashlib
 import json
 import os
-import random
+import socket
 import struct
+import subprocess
+import sys
+import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,16 @@ import torch
 from faults import FAULTS, Killed, Unsynced, every_sync_watched, failed, installed, n_operations
 from safetensors import safe_open
 from safetensors.torch import load_file
+from teams import blocks, on_all
 from torch import Tensor
 
-from gpt import checkpoint, durable
+from gpt import checkpoint, durable, runtime
 from gpt.checkpoint import DTYPES, Checkpoints, load_optimizer, load_state, load_weights, save, serialize, verify
 from gpt.durable import CorruptError
+from gpt.slices import Slice
+from gpt.team import Team
 
+ROOT = Path(__file__).resolve().parent.parent
 FILES = {"config.json": b'{"model_type": "llama"}', "tokenizer.json": b"{}"}
 
 
@@ -155,6 +163,27 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path, bad: float) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_index_keeps_others_from_taking_averages_for_weights(tmp_path: Path) -> None:
+    """Loaders such as vLLM's take every file of tensors in a directory, unless an index names those that are meant."""
+    path = write(tmp_path / "step")
+    index = json.loads((path / checkpoint.INDEX).read_bytes())
+    assert index["weight_map"] == dict.fromkeys(weights(1), checkpoint.WEIGHTS)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(1).values())
+    write(tmp_path / "adapter", weights_file=checkpoint.ADAPTER)
+    assert not (tmp_path / "adapter" / checkpoint.INDEX).exists()
+
+
+def test_a_manifest_that_the_disk_changed_is_found_by_the_save_itself(tmp_path: Path) -> None:
+    class Forgetful(Unsynced):
+        def write(self, fd: int, data: bytes | memoryview) -> int:
+            changed = bytes(data).replace(b"optimizer-00000", b"optimizer-00009")
+            super().write(fd, changed if b'"sha256"' in bytes(data) else data)
+            return len(data)
+
+    with installed(Forgetful()), pytest.raises(CorruptError, match=r"manifest\.json"):
+        write(tmp_path / "step")
+
+
 def test_every_changed_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     path = write(tmp_path / "step")
     for file in sorted(path.iterdir()):
@@ -232,21 +261,40 @@ def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, m
         verify(path)
 
 
-@pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_a_damaged_tensor_file_is_an_error_or_tensors(tmp_path: Path, n: int) -> None:
-    path, rng = write(tmp_path / "step"), random.Random(5)
-    file = path / "model.safetensors"
-    whole = file.read_bytes()
-    for _ in range(n):
-        data = bytearray(whole)
-        for _ in range(rng.choice([1, 1, 2, 6])):
-            at = rng.randrange(min(len(data), 200))
-            data[at : at + rng.choice([0, 1, 1, 4])] = rng.randbytes(rng.choice([0, 1, 1, 4]))
-        file.write_bytes(data)
-        try:
-            assert all(isinstance(tensor, Tensor) for tensor in load_weights(path).values())
-        except CorruptError as error:
-            assert "model.safetensors" in str(error)
+def test_a_damaged_file_of_tensors_is_corrupt(tmp_path: Path) -> None:
+    path = write(tmp_path / "step")  # thousands more ways to damage one: tests/fuzz.py
+    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(CorruptError, match=r"model\.safetensors"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer-00000-of-00001.safetensors", "state.json", "run.yaml"]
+)
+def test_every_file_that_resume_needs_is_vouched_for(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "step")
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    del manifest["sha256"][name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptError, match=rf"manifest\.json does not name {name}"):
+        verify(path)
+
+
+def test_a_manifest_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    path = write(tmp_path / "step")
+    (path / "manifest.json").rename(tmp_path / "elsewhere.json")
+    (path / "manifest.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CorruptError, match=r"manifest\.json is a symbolic link"):
+        verify(path)
+
+
+def test_a_checkpoint_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    saves = Checkpoints(tmp_path / "checkpoints", keep=1)
+    write(tmp_path / "elsewhere")
+    saves.directory.mkdir()
+    saves.path(7).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="step_00000007: is a symbolic link, which is not followed"):
+        saves.latest()
 
 
 def test_the_latest_checkpoint_is_the_highest_whole_step(tmp_path: Path) -> None:
@@ -380,3 +428,358 @@ def test_a_run_that_is_killed_again_while_it_recovers_ends_with_the_same_bytes(
         check_whole(directory, reached=(first - 1) * LAST // n - 1)
         train(directory)
         assert result(directory) == expected
+
+
+def test_where_a_rollback_would_go_is_kept_besides(tmp_path: Path) -> None:
+    saves = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 7):
+        write(saves.path(step), step)
+    saves.prune(2, 3)
+    assert saves.steps() == [2, 3, 5, 6]
+
+
+def test_files_are_hashed_by_all_cores_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = FILES | {"vocab.json": b"{}", "merges.txt": b""}
+    path, real = write(tmp_path / "step", model_files=more), durable.sha256_file
+    together = threading.Barrier(3, timeout=30)
+
+    def met(file: Path) -> str:
+        together.wait()  # broken unless three files are being hashed
+        return real(file)
+
+    monkeypatch.setattr(runtime, "n_cores", lambda: 3)
+    monkeypatch.setattr(durable, "sha256_file", met)
+    assert len(list(path.iterdir())) == 10, "nine and the manifest"
+    verify(path)
+
+
+# Several ranks
+
+
+def mixed() -> dict[str, Tensor]:
+    """An optimizer's state: averages in the shape of weights, of which some are 8-bit pieces, and step counts."""
+    generator = torch.Generator().manual_seed(7)
+    state = {f"w{i}:exp_avg": torch.randn(shape, generator=generator) for i, shape in enumerate([(9, 6), (4, 4), (5,)])}
+    codes = torch.randint(0, 256, (3, 8), dtype=torch.uint8, generator=generator)
+    return state | {"w3:exp_avg.codes": codes, "w3:exp_avg.scale": torch.ones(2), "w0:step": torch.tensor(3.0)}
+
+
+def share(grid: tuple[int, int], rank: int) -> dict[str, Slice]:
+    """What a rank of the grid writes of `mixed`; the pieces of an 8-bit average stay whole, with one owner."""
+    state = mixed()
+    divided = blocks({name: tensor for name, tensor in state.items() if "exp_avg." not in name}, grid)[rank]
+    pieces = {name: Slice.whole(tensor) for name, tensor in state.items() if "exp_avg." in name}
+    return divided | (pieces if rank == 1 % (grid[0] * grid[1]) else {})
+
+
+def save_on(grid: tuple[int, int], path: Path) -> None:
+    given = weights(1) | {"head": torch.arange(40.0).reshape(8, 5)}
+    sizes = {name: tensor.nbytes for name, tensor in given.items()}
+
+    def work(team: Team) -> None:
+        owner = checkpoint.owners(sizes, team.size)
+        save(
+            path,
+            team,
+            model_files=FILES,
+            weights={name: tensor for name, tensor in given.items() if owner[name] == team.rank},
+            sizes=sizes,
+            optimizer=share(grid, team.rank),
+            run_yaml="name: x\n",
+            state={"step": 1},
+        )
+
+    on_all(grid[0] * grid[1], work)
+
+
+GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_what_any_ranks_save_any_ranks_load(tmp_path: Path, grid: tuple[int, int]) -> None:
+    path = tmp_path / "step"
+    with every_sync_watched():
+        save_on(grid, path)
+    verify(path)
+    on_all(3, lambda team: verify(path, team))
+    assert same(dict(load_optimizer(path)), mixed())
+    for other in GRIDS:
+        for rank in range(other[0] * other[1]):
+            held = {name: (b.offset, tuple(b.tensor.shape)) for name, b in share(other, rank).items()}
+            found = load_optimizer(path, lambda name, shape: held.get(name))  # noqa: B023 (called at once)
+            assert same(dict(found), {name: block.tensor for name, block in share(other, rank).items()})
+
+
+def test_weights_of_any_ranks_are_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "WEIGHTS_FILE", 150)
+    for grid in GRIDS:
+        save_on(grid, tmp_path / str(grid))
+    first, *others = [
+        {f.name: f.read_bytes() for f in (tmp_path / str(grid)).iterdir() if f.name.startswith("model")}
+        for grid in GRIDS
+    ]
+    assert sorted(first) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", checkpoint.INDEX]
+    assert all(other == first for other in others)
+    found = checkpoint.weight_files(tmp_path / "(2, 1)")
+    assert [file.name for file in found] == sorted(first)[:2], "what is no weight is left out"
+    index = json.loads(first[checkpoint.INDEX])
+    assert index["weight_map"] == {
+        name: f"model-0000{i}-of-00002.safetensors" for name, i in (("embed", 1), ("norm", 1), ("head", 2))
+    }
+    assert index["metadata"]["total_size"] == 4 * (28 + 4 + 40)
+    assert same(load_weights(tmp_path / "(2, 1)"), weights(1) | {"head": torch.arange(40.0).reshape(8, 5)})
+
+
+def test_tensors_are_dealt_to_files_of_a_limited_size() -> None:
+    assert checkpoint.dealt({}, 10) == [[]]
+    assert checkpoint.dealt({"a": 4, "b": 6, "c": 1, "d": 99, "e": 2, "f": 8}, 10) == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+        ["e", "f"],
+    ]
+
+
+def test_averages_are_written_in_files_of_a_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "OPTIMIZER_FILE", 100)
+    save_on((2, 1), tmp_path / "step")
+    names = [file.name for file in checkpoint.optimizer_files(tmp_path / "step")]
+    assert names == [f"optimizer-{i:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))] and len(names) > 3
+    assert same(dict(load_optimizer(tmp_path / "step")), mixed())
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "optimizer-00001-of-00002.safetensors",
+        "optimizer-00000-of-00002.safetensors",
+        "state.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        checkpoint.INDEX,
+    ],
+)
+def test_a_manifest_that_forgets_a_file_is_refused(tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "WEIGHTS_FILE", 150)
+    path = tmp_path / "step"
+    save_on((2, 1), path)
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    del manifest["sha256"][gone]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptError, match=f"does not name {gone}"):
+        verify(path)
+
+
+def test_ranks_verify_together_and_all_hear_what_one_finds(tmp_path: Path) -> None:
+    path = tmp_path / "step"
+    save_on((2, 2), path)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(CorruptError, match=file.name):
+            on_all(3, lambda team: verify(path, team))
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_whatever_fails_on_one_of_several_ranks_the_checkpoint_is_whole_or_absent(
+    tmp_path: Path, fault: BaseException
+) -> None:
+    n = n_operations(lambda: save_on((2, 1), tmp_path / "count"))
+    for k in range(1, n + 1):
+        directory = tmp_path / str(k)
+        directory.mkdir()
+        assert failed(k, fault, lambda: save_on((2, 1), directory / "step"))  # noqa: B023 (called at once)
+        if (directory / "step").exists():
+            verify(directory / "step")
+        if not isinstance(fault, Killed):
+            assert [path.name for path in directory.iterdir()] in ([], ["step"]), "nothing is left behind"
+
+
+def test_machines_that_do_not_share_a_disk_are_told_so(tmp_path: Path) -> None:
+    def work(team: Team) -> None:
+        own = tmp_path / str(team.rank)
+        own.mkdir()
+        save(own / "step", team, model_files=FILES, weights={}, sizes={}, optimizer={}, run_yaml="", state={})
+
+    with pytest.raises(FileNotFoundError, match=r"another directory on the machine of rank 1 .* all machines share"):
+        on_all(2, work)
+    assert list((tmp_path / "0").iterdir()) == []
+
+
+# Processes
+
+
+WORK = """
+import errno, json, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import torch
+from gpt import durable
+from gpt.checkpoint import Checkpoints, load_optimizer, load_weights, owners
+from gpt.saving import Writer
+from gpt.team import Elsewhere, Team
+from teams import blocks
+
+saves = Checkpoints(Path(sys.argv[1]), 2)
+shapes = {"a": (7, 6), "b": (5,), "c": (8, 3)}
+
+def state(step):
+    g = torch.Generator().manual_seed(step)
+    weights = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    return weights, {f"{name}:exp_avg": 2 * tensor for name, tensor in weights.items()}
+
+def begin(writer, step, grid, before=lambda: None):
+    weights, averages = state(step)
+    sizes = {name: tensor.nbytes for name, tensor in weights.items()}
+    owner = owners(sizes, writer.team.size)
+    writer.begin(saves.path(step), weights={n: t for n, t in weights.items() if owner[n] == writer.team.rank}, sizes=sizes,
+                 optimizer=blocks(averages, grid)[writer.team.rank], before=before, after=lambda: None,
+                 model_files={}, run_yaml="", state={"step": step})
+
+def check(team, step, grid):
+    assert saves.latest(team) == saves.path(step)
+    weights, averages = state(step)
+    mine = blocks(averages, grid)[team.rank]
+    boxes = {name: (block.offset, tuple(block.tensor.shape)) for name, block in mine.items()}
+    found = load_optimizer(saves.path(step), lambda name, shape: boxes.get(name))
+    assert found.keys() == mine.keys() and all(torch.equal(found[name], block.tensor) for name, block in mine.items())
+    found = load_weights(saves.path(step))
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+with Team.joined(60) as team:
+    {END}
+"""
+
+
+def processes(end: str, size: int, path: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run WORK in `size` processes as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", WORK.replace("{END}", textwrap.indent(end, "    ").strip()), str(path)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [
+        subprocess.Popen(program, env=os.environ | told | {"RANK": str(rank)}, cwd=ROOT, **pipes)
+        for rank in range(size)
+    ]
+    try:
+        ended = [(process, *process.communicate(timeout=120)) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [subprocess.CompletedProcess(process.args, process.returncode, out, err) for process, out, err in ended]
+
+
+def test_processes_save_in_the_background_and_others_continue(tmp_path: Path) -> None:
+    saving = """
+with Writer(team, say=print) as writer:
+    for step, grid in ((1, (4, 1)), (2, (2, 2))):
+        begin(writer, step, grid)
+        team.gather(step)  # the loop's own words, while the threads talk
+check(team, 2, (1, 4))
+"""
+    ended = processes(saving, 4, tmp_path)
+    assert [each.returncode for each in ended] == [0] * 4, ended[0].stderr
+    continuing = """
+check(team, 2, (2, 1))
+def full():
+    if team.rank == 1:
+        raise OSError(errno.ENOSPC, "no space left")
+try:
+    with Writer(team, say=print) as writer:
+        begin(writer, 3, (1, 2), full)
+    raised = None
+except (OSError, Elsewhere) as error:
+    raised = str(error)
+assert "no space left" in raised, raised
+check(team, 2, (1, 2))
+with Writer(team, say=print) as writer:
+    begin(writer, 3, (1, 2))
+"""
+    ended = processes(continuing, 2, tmp_path)
+    assert [each.returncode for each in ended] == [0] * 2, [each.stderr for each in ended]
+    assert Checkpoints(tmp_path, keep=2).latest() == tmp_path / "step_00000003"
+    assert same(
+        dict(load_optimizer(tmp_path / "step_00000003")),
+        {f"{n}:exp_avg": 2 * t for n, t in load_weights(tmp_path / "step_00000003").items()},
+    )
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path, victim: int) -> None:
+    killing = f"""
+class Killing(durable.FileSystem):
+    def write(self, fd, data):
+        os.write(fd, data[:7])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with Writer(team, say=print) as writer:
+    begin(writer, 1, (2, 1))
+    writer.wait()
+    if team.rank == {victim}:
+        durable.fs = Killing()
+    begin(writer, 2, (2, 1))
+"""
+    ended = processes(killing, 2, tmp_path)
+    assert ended[victim].returncode == -9
+    assert ended[1 - victim].returncode == 1
+    saves = Checkpoints(tmp_path, keep=2)
+    assert saves.latest() == saves.path(1)
+    saves.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+# The verb
+
+
+def verified(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gpt.checkpoint", "verify", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+def test_the_verb_prints_a_line_a_checkpoint_and_what_is_wrong(tmp_path: Path) -> None:
+    saves = Checkpoints(tmp_path / "checkpoints", keep=9)
+    saves.directory.mkdir()
+    for step in (1, 2, 3):
+        write(saves.path(step), step)
+    done = verified(str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [str(saves.path(step)) for step in (1, 2, 3)]
+    assert all(": whole, " in line for line in done.stdout.splitlines())
+    (saves.path(2) / "state.json").write_text("{}")
+    done = verified(str(tmp_path))
+    assert done.returncode == 3
+    assert [line.split(": ")[1].split(",")[0] for line in done.stdout.splitlines()] == ["whole", "damaged", "whole"]
+    assert "step_00000002/state.json is not what was written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_verifying_reads_what_the_files_say(tmp_path: Path) -> None:
+    path = tmp_path / "step"
+    save_on((2, 1), path)
+    list(checkpoint.verified(path))
+    file = path / "optimizer-00001-of-00002.safetensors"
+    durable.write_file(
+        file, serialize({"w0:exp_avg": torch.ones(9, 6)}, {"w0:exp_avg": Slice.whole(torch.ones(9, 6)).described()})
+    )
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest["sha256"][file.name] = durable.sha256_file(file)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    verify(path)
+    with pytest.raises(CorruptError, match="w0:exp_avg from"):
+        list(checkpoint.verified(path))
+
+
+def test_what_is_no_run_and_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for path, words in (
+        (tmp_path, "neither a run"),
+        (tmp_path / "absent", "neither a run"),
+        (tmp_path / "run", "has no checkpoint yet"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            list(checkpoint.verified(path))
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir()
+    with pytest.raises(CorruptError, match=r"manifest\.json is missing"):
+        list(checkpoint.verified(tmp_path / "run"))

@@ -64,8 +64,8 @@ def test_a_stated_field_makes_any_file_json_lines(tmp_path: Path) -> None:
 
 
 def test_gzip_is_read_through(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("text 床".encode()))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "line"}\n'))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("text 床".encode(), mtime=0))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "line"}\n', mtime=0))
     assert texts(tmp_path, path=str(tmp_path / "a.txt.gz")) == ["text 床"]
     assert texts(tmp_path, path=str(tmp_path / "b.jsonl.gz")) == ["line"]
 
@@ -158,12 +158,12 @@ def test_a_missing_file_is_named_with_how_to_obtain_it(tmp_path: Path) -> None:
     ("name", "data", "words"),
     [
         ("a.txt", b"", "a.txt: the file is empty"),
-        ("a.txt.gz", gzip.compress(b""), "a.txt.gz: the file is empty"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz: the file is empty"),
         ("a.txt", b"\x89PNG\0\0", "a.txt: a binary file"),
         ("a.txt", "text".encode("utf-16"), "or UTF-16"),
         ("a.txt", b"ab\xffc", "a.txt: not UTF-8 at byte 2 (0xff)"),
         ("a.txt.gz", b"no gzip at all", "a.txt.gz: not a whole gzip file"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "a.txt.gz: not a whole gzip file"),
         ("a.zip", b"PK", ".zip is not read here"),
         ("a.pdf", b"%PDF", ".pdf is not plain text"),
         ("a.pt", b"PK\3\4", ".pt is binary"),
@@ -364,7 +364,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     data = b"\xef\xbb\xbf" + data
     packing = formats.form_of(name).packing
     data = (
-        gzip.compress(data) if packing == "gzip" else pyarrow.compress(data, "zstd", asbytes=True) if packing else data
+        gzip.compress(data, mtime=0)
+        if packing == "gzip"
+        else pyarrow.compress(data, "zstd", asbytes=True)
+        if packing
+        else data
     )
     (tmp_path / name).write_bytes(data)
     (file,) = files(Source(path=str(tmp_path / name)), tmp_path)
@@ -377,7 +381,7 @@ def test_a_tar_is_read_like_a_directory(tmp_path: Path) -> None:
     out = io.BytesIO()
     held = {
         "a/one.txt": b"one", "a/.hidden": b"no", ".git/x": b"no", "a/lines.jsonl": b'{"text": "two"}\n{"text": "three"}\n',
-        "logs/x.txt": b"no", "packed.txt.gz": gzip.compress(b"four"), "empty.txt": b"",
+        "logs/x.txt": b"no", "packed.txt.gz": gzip.compress(b"four", mtime=0), "empty.txt": b"",
     }  # fmt: skip
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
         for name, data in held.items():

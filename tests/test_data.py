@@ -31,6 +31,7 @@ from gpt.data import (
     deal,
     evaluated_bytes,
     evaluated_tokens,
+    merged,
     open_data,
     prefetched,
     validation_batches,
@@ -637,3 +638,20 @@ def test_token_files_of_others_train_where_they_are(shelf: Path, tmp_path: Path)
     config = DataConfig(path=str(tmp_path), tokenizer=str(shelf / "a"), seq_len=19, packing="documents")
     batch = Loader(open_data(config), config, 3, 1).batch(1)
     assert batch.tokens.tolist() == [[ids[-1], *ids[:-1]]] * 3 and batch.targets.tolist() == [ids] * 3
+
+
+# Windows that are skipped
+
+
+def test_skipped_windows_take_their_batches_out_of_the_order_and_change_no_other(split) -> None:
+    loader, whole = loading(split(40, 25, 70), 8, 3, 1), loading(split(40, 25, 70), 8, 3, 1)
+    windows = merged([(7, 9), (3, 4), (10, 10), (3, 3)])
+    assert windows == [(3, 4), (7, 10)]
+    loader.skipped = windows
+    left = [n for n in range(1, 40) if not any(first <= n <= last for first, last in windows)]
+    for step, number in enumerate(left[:25], 1):
+        assert loader.number(step) == number
+        assert same(loader.batch(step), whole.batch(number))
+        assert loader.sources_of(step) == whole.sources_of(number)
+    ahead = [batch for portion in loader.portions(2, 25) for batch in portion]
+    assert all(same(batch, loader.batch(step)) for step, batch in enumerate(ahead, 2))

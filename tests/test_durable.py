@@ -208,7 +208,7 @@ def test_a_directory_that_exists_is_never_written_over(tmp_path: Path) -> None:
     assert content(tmp_path / "d") == OLD and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/x", ".hidden"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/x", ".hidden", "a\0", "\ud800", "x" * 256])
 def test_a_name_that_could_leave_its_directory_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="not a plain file name"):
         make(tmp_path / "d", {name: b"x"})
@@ -304,3 +304,82 @@ def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(ValueError, match=r"\.lock cannot be locked \(No locks available\); use a disk of this machine"):
         durable.Lock(tmp_path / ".lock", "x")
+
+
+def test_a_lock_that_is_waited_for_is_taken_when_it_is_free(tmp_path: Path) -> None:
+    held = durable.Lock(tmp_path / "lock", "it")
+    looks: list[int] = []
+
+    def meanwhile() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            held.release()
+
+    with durable.Lock(tmp_path / "lock", "it", wait_s=60, meanwhile=meanwhile):
+        assert len(looks) == 3
+        with pytest.raises(ValueError, match=r"it is in use by .*\(waited 0.2 s\)"):
+            durable.Lock(tmp_path / "lock", "it", wait_s=0.2)
+
+
+def test_a_temporary_that_exists_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"of another writer")
+    with pytest.raises(FileExistsError):
+        durable.fs.open(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with pytest.raises(FileExistsError):
+        durable.fs.open(tmp_path / "link")
+    assert (tmp_path / "file").read_bytes() == b"of another writer"
+
+
+def test_a_write_that_is_cut_short_goes_on(tmp_path: Path) -> None:
+    class Short(Unsynced):
+        def write(self, fd: int, data: bytes | memoryview) -> int:
+            return super().write(fd, data[:7])
+
+    with installed(Short()):
+        durable.write_file(tmp_path / "file", b"0123456789" * 9)
+    assert (tmp_path / "file").read_bytes() == b"0123456789" * 9
+
+
+def test_when_everything_is_replaced_nothing_is_left_of_it(tmp_path: Path) -> None:
+    for files in (OLD, NEW, OLD):
+        make(tmp_path / "work", files)
+        durable.publish(tmp_path / "work", tmp_path / "d")
+        assert [path.name for path in tmp_path.iterdir()] == ["d"] and content(tmp_path / "d") == files
+
+
+def test_a_link_is_not_followed_but_where_the_hub_made_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    assert durable.plain(tmp_path / "file") == tmp_path / "file"
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(ValueError, match="link: is a symbolic link, which is not followed"):
+        durable.plain(tmp_path / "link")
+    with pytest.raises(FileNotFoundError, match="no: no such file"):
+        durable.plain(tmp_path / "no")
+    snapshot, blobs = tmp_path / "model" / "snapshots" / "abc", tmp_path / "model" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0").write_bytes(b"x")
+    (snapshot / "config.json").symlink_to("../../blobs/0")
+    assert durable.plain(snapshot / "config.json").read_bytes() == b"x"
+    (snapshot / "outside").symlink_to(tmp_path / "file")
+    with pytest.raises(ValueError, match="outside: is a symbolic link"):
+        durable.plain(snapshot / "outside")
+
+
+def test_a_lock_whose_file_was_deleted_while_it_was_waited_for_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real, taken = tmp_path / ".lock", fcntl.flock, []
+
+    def deleted(file: object, operation: int) -> None:
+        real(file, operation)  # type: ignore[arg-type]
+        if not taken:
+            path.unlink()
+        taken.append(file)
+
+    monkeypatch.setattr(fcntl, "flock", deleted)
+    with durable.Lock(path, "x"):
+        assert len(taken) == 2 and path.exists()
+        with pytest.raises(ValueError, match="x is in use"):
+            durable.Lock(path, "x")

@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from teams import blocks, on_all
 
-from gpt import checkpoint, hf
+from gpt import checkpoint, families, hf
 from gpt import tokenizer as tokenizers
 from gpt.durable import CorruptError
 from gpt.model import GPT, ModelConfig, init_weights
+from gpt.team import Team
 from gpt.tokenizer import Tokenizer
 
 transformers.utils.logging.disable_progress_bar()
@@ -650,3 +652,54 @@ def test_loaded_weights_do_not_stand_on_the_file(tmp_path: Path, tokenizer: Toke
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(0)
     assert torch.equal(model(tokens(64)), before)
+
+
+# Checkpoints in several files, and loading in blocks
+
+FORMS = {
+    "llama": {},
+    "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_of_several_ranks_in_several_files_is_a_model_directory(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, form: str, tied: bool
+) -> None:
+    monkeypatch.setattr(checkpoint, "WEIGHTS_FILE", 20_000)
+    shape = FORMS[form] | {"qk_norm": False, "tie_embeddings": tied or form == "gpt2"}
+    config = ModelConfig(vocab_size=320, max_seq_len=40, n_layer=2, d_model=24, n_head=2, **shape)
+    model = GPT(config)
+    init_weights(model, seed=1)
+    state, path = model.state_dict(), tmp_path / "step_00000001"
+    places = hf.places(config, state)
+    sizes = {disk: sum(state[name].nbytes for name in place.memory) for disk, place in places.items()}
+    owner = checkpoint.owners(sizes, 3)
+
+    def work(team: Team) -> None:
+        mine = [name for disk, place in places.items() if owner[disk] == team.rank for name in place.memory]
+        checkpoint.save(
+            path,
+            team,
+            model_files=hf.model_files(config, tokenizer),
+            weights={name: state[name] for name in mine},
+            sizes=sizes,
+            pack=lambda disk, weights: families.pack(places[disk], weights),
+            optimizer={},
+            run_yaml="{}",
+            state={},
+        )
+
+    on_all(3, work)
+    assert len(list(path.glob("model-*.safetensors"))) > 3 and not (path / "model.safetensors").exists()
+    assert all(torch.equal(hf.load(path)[0].state_dict()[name], tensor) for name, tensor in state.items())
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert_same_logits(model, theirs.eval())
+    for grid in ((1, 1), (2, 1), (2, 2)):
+        for held in blocks(state, grid):
+            rooms = {name: b._replace(tensor=torch.zeros(b.tensor.shape)) for name, b in held.items()}
+            hf.fill(config, path, rooms)
+            rooms.pop("lm_head.weight", None) if config.tie_embeddings else None
+            assert all(torch.equal(room.tensor, held[name].tensor) for name, room in rooms.items())

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -380,12 +381,28 @@ def test_a_run_in_use_names_who_holds_it(home: Path, shell: Shell) -> None:
     assert contents(home) == before
 
 
-def test_torchrun_with_two_processes_is_refused(home: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("parallel.shard=3", "parallel.shard may be 1 or 2 of 2 ranks"),
+        ("parallel.replicate=4", "set parallel.replicate=2, or start 4 with torchrun"),
+        ("parallel.replicate=1", "set parallel.replicate=2"),
+        ("parallel.shard=auto", "one size may be auto"),
+        ("parallel.shard=2 parallel.canonical=true", "canonical sums are those of whole copies"),
+        ("train.batch_tokens=96", "3 rows.*ranks .* cannot share equally"),
+        ("parallel.tensor=2 log.sample_every=5", "log.sample_every=null"),
+        ("data.path=data/later", "python data/prepare.py data/later.yaml"),
+    ],
+)
+def test_ranks_that_cannot_work_together_are_told_what_can(
+    mistake: str, told: str, home: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    (home / "data" / "later.yaml").write_text("input: [nothing.txt]\n")
     before = contents(home)
-    code, _, error = shell("train small.yaml name=x")
+    code, _, error = shell(f"train small.yaml name=x {mistake}")
     assert code == 2
-    assert "start it with `python train.py`" in error
+    assert re.search(told, error.replace("\n", " ")), error
     assert contents(home) == before
 
 

@@ -164,6 +164,19 @@ def test_updates_go_on_bit_for_bit_from_written_state(build: Build, config: Opti
     assert all(torch.equal(value, second.state()[name]) for name, value in first.state().items())
 
 
+def test_a_state_is_written_as_the_same_bytes_however_it_came_to_be(build: Build, config: OptimConfig) -> None:
+    """By updates alone, or read from files that hold it in any order and then by updates."""
+    straight, resumed = build(), build()
+    walk(straight, first := Optimizer(straight, config), range(1, 3))
+    walk(resumed, Optimizer(resumed, config), range(1, 3))
+    second = Optimizer(resumed, config)
+    second.load_state(dict(reversed([(name, value.clone()) for name, value in first.state().items()])))
+    for model, optimizer in ((straight, first), (resumed, second)):
+        walk(model, optimizer, range(3, 5))
+    written = [b"".join(serialize(optimizer.state(), {})) for optimizer in (first, second)]
+    assert written[0] == written[1]
+
+
 def test_loaded_state_is_a_copy(build: Build, config: OptimConfig) -> None:
     model = build()
     walk(model, optimizer := Optimizer(model, config), range(1, 2))
@@ -264,3 +277,25 @@ def test_contradictory_settings_are_refused_with_their_values() -> None:
         OptimConfig(kind="adamw", adamw_lr=0.1)
     with pytest.raises(ValidationError, match=r"betas \(0.9, 1.0\) must lie in \[0, 1\)"):
         OptimConfig(betas=(0.9, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_reset_optimizer_steps_as_a_new_one_and_dropped_gradients_are_gone(build: Build, kind: str) -> None:
+    model, other = build(), build()
+    mine, new = (Optimizer(each, OptimConfig(kind=kind)) for each in (model, other))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    mine.drop()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for turn in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1 + turn)
+        mine.step(1.0)
+    mine.reset()
+    assert mine.state() == {}
+    model.load_state_dict(other.state_dict())
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        a.grad, b.grad = torch.full_like(a, 0.3), torch.full_like(b, 0.3)
+    mine.step(1.0)
+    new.step(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

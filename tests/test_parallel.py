@@ -1,16 +1,24 @@
 """What is applied to an objective leaves its loss, its gradients and its parameters what they were."""
 
 import functools
-from collections.abc import Callable
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import ROOT, found, run
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from trained import apart, trained
 
 from gpt.loss import NextToken
 from gpt.model import GPT
 from gpt.parallel import applied, document_kernel
+from gpt.team import Team
 
 Build = Callable[..., GPT]
 Tokens = Callable[..., Tensor]
@@ -159,3 +167,229 @@ def test_the_objective_is_captured_whole_and_trains_as_before(
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_compiled_code_trains_as_before(build: Build, tokens: Tokens, dtype: torch.dtype, tolerance: float) -> None:
     agrees(build, tokens, dtype, tolerance)
+
+
+# Many ranks
+
+
+UNTIED, MUON = {"tie_embeddings": False}, {"kind": "muon", "lr": 0.02, "adamw_lr": 0.01}
+SHARD, TENSOR = {"shard": 2}, {"tensor": 2}
+TWO: dict[str, dict[str, Any]] = {
+    "copies": {"evaluate": True},
+    "copies, documents, untied": {"packed": True, "model": UNTIED},
+    "copies, preferences": {"objective": {"kind": "dpo"}},
+    "copies, in order": {"parallel": {"canonical": True}, "model": {"dropout": 0.2}},
+    "sharded, tied": {"parallel": SHARD, "evaluate": True},
+    "sharded, untied, documents": {"parallel": SHARD, "model": UNTIED, "packed": True},
+    "sharded, rows that do not divide": {"parallel": SHARD, "model": {"d_ff": 37}, "checkpointing": "full"},
+    "sharded, Muon": {"parallel": SHARD, "optim": MUON},
+    "tensor, tied": {"parallel": TENSOR, "evaluate": True},
+    "tensor, untied, documents": {"parallel": TENSOR, "model": UNTIED | {"norm_at": "output"}, "packed": True},
+    "tensor, GPT-2": {
+        "parallel": TENSOR,
+        "model": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "mlp_bias": True, "qk_norm": False},
+    },
+}
+MORE: dict[str, dict[str, Any]] = {
+    "sharded, preferences": {"parallel": SHARD, "objective": {"kind": "dpo"}},
+    "sharded, preferences without reference": {"parallel": SHARD, "objective": {"kind": "simpo"}},
+    "copies, Muon": {"optim": MUON},
+    "copies, compiled": {"compile": True},
+    "sharded, compiled": {"parallel": SHARD, "compile": True, "checkpointing": "full"},
+    "tensor, compiled": {"parallel": TENSOR, "compile": True},
+    "tensor, Muon": {"parallel": TENSOR, "optim": MUON},
+    "tensor, post-norm": {
+        "parallel": TENSOR,
+        "model": {
+            "norm_at": "post",
+            "norm_gain": False,
+            "position": "sinusoidal",
+            "embed_norm": True,
+            "logit_softcap": 5.0,
+        },
+    },
+    "tensor, documents, bfloat16": {"parallel": TENSOR, "packed": True, "dtype": "bfloat16", "checkpointing": "full"},
+}
+FOUR: dict[str, dict[str, Any]] = {
+    "sharded": {"parallel": {"shard": 4}, "evaluate": True},
+    "sharded copies, accumulated": {"parallel": SHARD, "packed": True, "micro_batch": 1},
+    "sharded copies, preferences": {"parallel": SHARD, "objective": {"kind": "dpo"}, "micro_batch": 1},
+    "sharded and tensor, tied": {"parallel": SHARD | TENSOR, "evaluate": True},
+    "sharded and tensor, untied": {"parallel": SHARD | TENSOR, "model": UNTIED, "packed": True},
+    "sharded and tensor, biases": {
+        "parallel": SHARD | TENSOR,  # without a bias of all keys, whose gradient is nothing but rounding
+        "model": {"position": "learned", "norm": "layernorm", "mlp_bias": True, "embed_norm": True, "qk_norm": False},
+    },
+    "sharded and tensor, Muon": {"parallel": SHARD | TENSOR, "optim": MUON},
+    "copies and tensor": {"parallel": TENSOR},
+    "in order": {"parallel": {"canonical": True}, "model": {"dropout": 0.2}},
+}
+
+
+def on_ranks(cases: dict[str, dict[str, Any]], size: int) -> dict[str, list[Any]]:
+    """What each rank has of each case; all in one start, which is what takes time."""
+    given = f"json.loads({json.dumps(cases)!r})"
+    code = f"from trained import trained\nreturn {{name: trained(team, how) for name, how in {given}.items()}}"
+    each = found(code, size, timeout_s=280)
+    return {name: [rank[name] for rank in each] for name in cases}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def is_one_process(how: dict[str, Any], ranks: list[Any]) -> None:
+    """Losses, gradient norms, evaluations, weights and averages are those of one process but for rounding, and on every rank
+    the same.
+
+    AdamW's first steps are as large for a gradient of nothing but rounding as for any other, which the weights show; Muon's
+    go through bfloat16, which makes of a last bit a thousandth.
+    """
+    canonical = how.get("parallel", {}).get("canonical", False)
+    alone = trained(Team(), how | {"parallel": {"canonical": canonical}})
+    coarse = {"muon": (1e-3, 2e-2), "bfloat16": (3e-2, 3e-1)}
+    kind = "muon" if how.get("optim") == MUON else how.get("dtype")
+    curve, weights = (0.0, 0.0) if canonical else coarse.get(kind, (1e-5, 1e-3))
+    assert apart(alone["curve"], ranks[0]["curve"]) <= curve
+    assert apart(alone["weights"], ranks[0]["weights"]) <= weights
+    assert all(rank["curve"] == ranks[0]["curve"] for rank in ranks)
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, list[Any]]:
+    return on_ranks(TWO, 2)
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_two_ranks_train_as_one_process(case: str, two: dict[str, list[Any]], one_thread: None) -> None:
+    is_one_process(TWO[case], two[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "cases"), [(2, MORE), (4, FOUR)], ids=["2", "4"])
+def test_many_ranks_train_as_one_process(size: int, cases: dict[str, dict[str, Any]], one_thread: None) -> None:
+    for case, ranks in on_ranks(cases, size).items():
+        try:
+            is_one_process(cases[case], ranks)
+        except AssertionError as error:
+            raise AssertionError(case) from error
+
+
+@pytest.mark.slow
+def test_copies_round_alike_whether_or_not_a_process_was_started_again_on_the_way() -> None:
+    """Four of them: the sum of two numbers is the same in either order."""
+    cases = {name: {"micro_batch": 1, "steps": 4, "resumed": name == "resumed"} for name in ("straight", "resumed")}
+    straight, resumed = (ranks[0] for ranks in on_ranks(cases, 4).values())
+    assert straight == resumed
+
+
+def test_a_stop_asked_of_one_rank_is_heard_by_all_at_the_same_step() -> None:
+    code = """\
+from gpt import signals
+from gpt.ranks import Ranks, Sizes
+import torch
+ranks = Ranks(team, Sizes(replicate=2))
+class Empty:
+    names, here = {}, None
+def optimizer():
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    from gpt.optim import HERE
+    made = Empty()
+    made.names, made.here = {p: "p"}, HERE
+    return made
+heard = []
+for step in range(3):
+    if step == 1 and team.rank == 1:
+        signals.stop_requested = lambda: "SIGTERM"
+    ranks.agreed(optimizer(), torch.ones(()), None)
+    heard.append(ranks.stopping)
+try:
+    list(ranks.dealt(range(5), lambda i: [i]))
+except signals.Stopped as stop:
+    heard.append(str(stop))
+return heard"""
+    for heard in found(code, 2):
+        assert heard[:3] == [False, True, True] and "stopped by SIGTERM" in heard[3]
+
+
+TINY = """
+name: tiny
+data: {path: data/tiny, seq_len: 32, tokenizer: data/tiny}
+model: {n_layer: 2, d_model: 32, n_head: 4, n_kv_head: 2, dropout: 0.1}
+train: {steps: 12, batch_tokens: 256, micro_batch: 1, compile: false, device: cpu}
+optim: {kind: muon, lr: 0.02}
+eval: {every: 4, tokens: 2000}
+checkpoint: {every: 4, keep: 3}
+log: {every: 1}
+"""
+
+
+def train(here: Path, size: int, *overrides: str) -> None:
+    """The real command, in as many processes."""
+    for rank, ended in enumerate(
+        run([sys.executable, str(ROOT / "train.py"), "tiny.yaml", *overrides], size, here, 280)
+    ):
+        assert ended.returncode == 0, f"rank {rank}: {ended.stderr[-2000:]}"
+        assert rank == 0 or not ended.stdout, ended.stdout
+
+
+@pytest.fixture
+def home(split: Any, tmp_path: Path) -> Path:
+    """A directory with a small data set, as .bin files, and its tokenizer."""
+    import numpy as np
+
+    from gpt import tokenizer
+
+    lines = [" ".join(f"{chr(97 + (i * k) % 26)}{chr(97 + k % 26)}" for k in range(40)) for i in range(120)]
+    vocabulary = tokenizer.train(lines, "bpe", 320)
+    (tmp_path / "data" / "tiny").mkdir(parents=True)
+    for name, content in vocabulary.files().items():
+        (tmp_path / "data" / "tiny" / name).write_bytes(content)
+    for part, some in (("train", lines[:100]), ("val", lines[100:])):
+        ids = [i for line in some for i in [vocabulary.start_id, *vocabulary.encode(line)]]
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(ids)
+        (tmp_path / "data" / "tiny" / f"x_{part}.bin").write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def bytes_of(here: Path, name: str, step: int) -> tuple[bytes, bytes]:
+    """The log, and the weights of a step."""
+    run_path = here / "runs" / name
+    weights = run_path / "checkpoints" / f"step_{step:08d}" / "model.safetensors"
+    return (run_path / "metrics.jsonl").read_bytes(), weights.read_bytes()
+
+
+@pytest.mark.slow
+def test_in_order_any_number_of_ranks_logs_the_same_bytes_also_when_it_changes_on_the_way(home: Path) -> None:
+    for size in (1, 2, 4):
+        train(home, size, f"name=on{size}", "parallel.canonical=true")
+    log, weights = bytes_of(home, "on1", 12)
+    assert b"val_bpb" in log and b"elapsed_s" not in log
+    assert bytes_of(home, "on2", 12) == bytes_of(home, "on4", 12) == (log, weights)
+    train(home, 1, "name=chain", "parallel.canonical=true")
+    for step in (4, 8):  # 1 -> 4 -> 2, each from an older checkpoint on
+        for made in (home / "runs" / "chain" / "checkpoints").glob("step_*"):
+            if int(made.name[-8:]) > step:
+                for file in made.iterdir():
+                    file.unlink()
+                made.rmdir()
+        train(home, {4: 4, 8: 2}[step], "name=chain", "parallel.canonical=true")
+    assert bytes_of(home, "chain", 12) == (log, weights)
+
+
+@pytest.mark.slow
+def test_ranks_that_divide_everything_resume_bit_for_bit_averages_and_files_included(home: Path) -> None:
+    how = ["parallel.shard=2", "parallel.tensor=2", "train.steps=8"]
+    saved = home / "runs" / "tiny" / "checkpoints" / "step_00000008"
+    train(home, 4, *how)
+    straight = {file.name: file.read_bytes() for file in saved.glob("*.safetensors")}
+    shutil.rmtree(saved)
+    train(home, 4, *how)
+    assert len(straight) > 4
+    assert {file.name: file.read_bytes() for file in saved.glob("*.safetensors")} == straight

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults import Unsynced
+from faults import Unsynced, count
 from rich.console import Console
 
 from gpt import config, corpus, durable, prepare, scan, signals, workers
@@ -255,28 +255,60 @@ class Crash(BaseException):
     """The process ends here: nothing that follows happens."""
 
 
-@pytest.mark.parametrize("kind", ["crash", "full", "faulty"])
-def test_a_preparation_broken_at_any_write_ends_with_the_same_bytes(
-    text: Path, tmp_path: Path, golden: dict[str, bytes], small_chunks: None, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    error = {"crash": Crash(), "full": OSError(28, "No space left on device"), "faulty": OSError(5, "I/O error")}[kind]
-    broken, k = True, 0
-    while broken:
-        k += 11  # every eleventh of some hundred; each kind begins elsewhere
-        out = tmp_path / f"{k}" / "set"
-        out.parent.mkdir()
-        disk = Broken(k - {"crash": 0, "full": 4, "faulty": 8}[kind], error)
-        monkeypatch.setattr(durable, "fs", disk)
+BREAKS = {"crash": Crash(), "full": OSError(28, "No space left on device"), "faulty": OSError(5, "I/O error")}
+
+
+def broken(text: Path, out: Path, golden: dict[str, bytes], k: int, error: BaseException) -> bool:
+    """Prepare on a disk whose k-th operation, and every one after it, raises; whether it came so far."""
+    disk = Broken(k, error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "fs", disk)
         try:
             run(settings(text), out)
-            broken = disk.left <= 0  # an error after the data set stood, while tidying
         except (Crash, OSError):
             assert not out.exists() or content(out) == golden
-        monkeypatch.setattr(durable, "fs", Unsynced())
+    count(disk.left <= 0)
+    return disk.left <= 0  # or an error after the data set stood, while tidying
+
+
+def finished(text: Path, out: Path, golden: dict[str, bytes]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "fs", Unsynced())
         run(settings(text), out)
-        assert content(out) == golden
-        assert [path.name for path in out.parent.iterdir()] == ["set"]
+    assert content(out) == golden
+    assert [path.name for path in out.parent.iterdir()] == ["set"]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["crash", "full", "faulty"])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_preparation_broken_at_any_write_ends_with_the_same_bytes(
+    text: Path, tmp_path: Path, golden: dict[str, bytes], small_chunks: None, kind: str, stride: int
+) -> None:
+    for k in itertools.count(stride, stride):  # by default every eleventh of some hundred; each kind begins elsewhere
+        out = tmp_path / f"{k}" / "set"
+        out.parent.mkdir()
+        came = broken(text, out, golden, k - {"crash": 0, "full": 4, "faulty": 8}[kind] * (stride > 8), BREAKS[kind])
+        finished(text, out, golden)
+        if not came:
+            break
     assert k > 50
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("stride", [97, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_preparation_broken_again_while_it_recovers_ends_with_the_same_bytes(
+    text: Path, tmp_path: Path, golden: dict[str, bytes], small_chunks: None, stride: int
+) -> None:
+    came, k = True, 0
+    while came:
+        k += stride
+        out = tmp_path / f"{k}" / "set"
+        out.parent.mkdir()
+        came = broken(text, out, golden, k, BREAKS["crash"])
+        for second in (3, 8):  # in what a recovery does first, twice
+            broken(text, out, golden, second + k % 5, BREAKS["crash"])
+        finished(text, out, golden)
 
 
 def test_a_data_set_that_a_crash_left_hidden_goes_when_the_new_one_stands(text: Path, tmp_path: Path) -> None:
@@ -811,6 +843,7 @@ def one_set_whatever_happens(recipe: Path, kills: int) -> dict[str, bytes]:
         time.sleep(rng.uniform(0.3, max(seconds)))
         process.kill()
         process.wait(timeout=60)
+        count()
         if (here / "killed").exists():
             sets.append(content(here / "killed"))
             shutil.rmtree(here / "killed")

@@ -9,14 +9,21 @@ from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+import prove
 import pytest
 
-from gpt import config, evaluate, harness, hf, look
+from gpt import checkpoint, config, evaluate, harness, hf, look
 from gpt.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("train.py", "sample.py", "data/prepare.py")
-ROOM_VERBS = {"gpt.look": look, "gpt.hf": hf, "gpt.evaluate": evaluate, "gpt.harness": harness}
+ROOM_VERBS = {
+    "gpt.look": look,
+    "gpt.hf": hf,
+    "gpt.evaluate": evaluate,
+    "gpt.harness": harness,
+    "gpt.checkpoint": checkpoint,
+}
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)]
 LINES = [line for block in BLOCKS for part in block.splitlines() for line in re.split(r"&&|;(?= )", part)]
@@ -102,6 +109,8 @@ def test_flags_and_settings_files_named_in_the_text_exist(
     for shown in ("data", "tokenizer", "attention"):
         with pytest.raises(SystemExit):
             look.arguments([shown, "--help"])
+    with pytest.raises(SystemExit):
+        prove.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     quoted = re.findall(r"`([^`\n]+)`", PROSE)
     assert {flag for code in quoted for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", code)} - known == set()

@@ -209,3 +209,17 @@ def test_a_source_that_is_no_model_is_refused_in_words(
 
 def test_the_lock_file_is_never_a_temporary() -> None:
     assert not durable.TEMPORARY.fullmatch(".lock")
+
+
+def test_how_a_run_ended_is_told_with_its_exit_code(run: RunDirectory) -> None:
+    run.status("failed", 7, "hung", 6)
+    assert json.loads((run.path / "status.json").read_bytes())["exit_code"] == 6
+
+
+def test_windows_that_are_left_out_are_recorded_durably_one_after_another(run: RunDirectory) -> None:
+    assert run.skipped() == []
+    with every_sync_watched():
+        run.skip(5, 6, "loss nan")
+        run.skip(11, 12, "床前")
+    assert run.skipped() == [(5, 6), (11, 12)]
+    assert json.loads((run.path / "skipped.json").read_text())[1]["why"] == "床前"

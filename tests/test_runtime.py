@@ -148,3 +148,12 @@ def test_autocast_computes_products_in_the_dtype_and_fp32_is_none() -> None:
 def test_memory_is_in_bytes() -> None:
     assert 10 * 2**20 < runtime.peak_memory_bytes("cpu") < 2**40
     assert 2**20 < runtime.free_memory_bytes("cpu") < 2**50
+
+
+def test_the_end_of_a_job_is_what_slurm_says_if_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert runtime.job_ends_at() is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1790000000")
+    assert runtime.job_ends_at() == 1790000000.0
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    assert runtime.job_ends_at() is None

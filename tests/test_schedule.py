@@ -49,6 +49,12 @@ def test_wsd_is_stable_until_the_decay_and_then_linear():
     assert values[76:] == pytest.approx([left / 25 for left in range(24, 0, -1)])
 
 
+def test_a_decay_above_one_counts_steps_and_begins_where_the_stable_phase_ends():
+    values = curve(100, kind="wsd", warmup=0.0, decay=25.0)
+    assert values == curve(100, kind="wsd", warmup=0.0, decay=0.25)
+    assert values[75] == 1.0  # its first step: 25 of 25 left
+
+
 def test_cosine_is_half_way_down_in_the_middle():
     assert curve(99, kind="cosine", warmup=0.0)[50] == pytest.approx(0.5 - 0.5 * math.cos(math.pi * 49 / 100))
 

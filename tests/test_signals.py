@@ -41,7 +41,7 @@ def handlers():
     """Leaves this process's handlers and stop request as they were."""
     before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
     yield
-    signals._requested = None
+    signals._requested = signals._signalled = None
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -64,6 +64,34 @@ def test_a_second_signal_ends_the_process_at_once():
     time.sleep(0.2)
     assert process.poll() is None, "one signal must not end it"
     process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 75
+    process.communicate()
+
+
+def test_a_first_signal_does_not_cut_short_what_a_request_without_one_began_to_save():
+    process = started(
+        "signals.request('the end of its time')\nprint('ready', flush=True)\nwhile True: time.sleep(0.01)"
+    )
+    process.send_signal(signal.SIGUSR1)  # as a scheduler's warning, which comes while the run is being saved already
+    time.sleep(0.3)
+    assert process.poll() is None, "it is the first signal"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 75
+    process.communicate()
+
+
+def test_a_rank_that_hears_of_one_request_twice_still_saves(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    process = started(
+        "signals.ECHO_S = 1.0\nprint('ready', flush=True)\nwhile True: time.sleep(0.01)",
+    )
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # torchrun's, after the scheduler's
+    time.sleep(0.3)
+    assert process.poll() is None
+    time.sleep(0.8)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 75
     process.communicate()
 
@@ -105,6 +133,7 @@ def test_a_worker_that_ignores_signals_outlives_them():
             "out of disk or memory: x.bin: No space",
         ),
         ("raise OSError(errno.EFBIG, 'File too large')", 5, "out of disk or memory: [Errno 27] File too large"),
+        ("raise OSError(errno.EROFS, 'Read-only file system', 'runs/x')", 2, "error: runs/x: Read-only file system"),
         ("raise MemoryError", 5, "out of disk or memory: MemoryError"),
         ("raise type('OutOfMemoryError', (RuntimeError,), {})('GPU full')", 5, "out of disk or memory: GPU full"),
         ("raise type('Corrupt', (ValueError,), {'exit_code': 3})('x.tok: altered')", 3, "error: x.tok: altered"),
@@ -157,3 +186,42 @@ def test_a_reader_that_leaves_early_is_no_error():
 def test_an_error_that_a_full_disk_causes_is_told_from_other_io_errors():
     assert signals.exit_code(OSError(errno.EDQUOT, "quota")) == 5
     assert signals.exit_code(OSError(errno.EIO, "bad disk")) == 1
+
+
+def test_a_request_without_a_signal_is_obeyed_and_does_not_replace_an_earlier_one(handlers):
+    signals.request("the end of the job's time")
+    signals.request("another")
+    with pytest.raises(signals.Stopped, match="stopped by the end of the job's time"):
+        signals.check()
+
+
+def test_every_safe_point_is_a_sign_of_life():
+    before = signals.beats()
+    signals.check()
+    assert signals.beats() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "words"),
+    [
+        (
+            "from gpt.team import Elsewhere; raise Elsewhere('rank 0: disk full\\nmore', 5)",
+            5,
+            "rank 3: ended by another one's error (rank 0: disk full)\n",
+        ),
+        (
+            "from gpt.team import Elsewhere; raise Elsewhere('rank 0: stopped by SIGTERM at step 7', 75)",
+            75,
+            "rank 3: stopped with the others\n",
+        ),
+        (
+            "raise RuntimeError('[gloo/pair.cc:5] Connection closed by peer [127.0.0.1]:9')",
+            6,
+            "rank 3: ended by a rank that does not answer ([gloo/pair.cc:5] Connection closed by peer [127.0.0.1]:9)\n",
+        ),
+    ],
+)
+def test_a_rank_that_ends_because_of_another_says_one_short_line(monkeypatch, statement, code, words):
+    monkeypatch.setenv("RANK", "3")
+    result = outcome(statement)
+    assert (result.returncode, result.stderr) == (code, words)

@@ -1,110 +1,37 @@
 """train.py as a user runs it: killed, stopped, started twice."""
 
 import json
-import random
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-STEPS = 100
-SETTINGS = """
-data: {path: data/small, seq_len: 32}
-model: {n_layer: 2, d_model: 64, n_head: 2, dropout: 0.1}
-train: {steps: STEPS, batch_tokens: 512, compile: COMPILE, threads: 1}
-optim: {kind: muon, lr: 0.02}
-eval: {every: 10, tokens: 2000}
-checkpoint: {every: 5, keep: 2}
-log: {every: 1, sample_every: 30}
-"""
+from kills import killed
+from runs import command, curve, prepared, settings
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a prepared set, data/small."""
-    root = tmp_path_factory.mktemp("train")
-    draw = random.Random(2)
-    words = ["rose", "sings", "river", "under", "a", "green", "moon", "and", "waits", "softly"]
-    (root / "poems.jsonl").write_text(
-        "\n".join(json.dumps({"text": " ".join(draw.choices(words, k=40))}) for _ in range(300))
-    )
-    (root / "data").mkdir()
-    run = [
-        sys.executable,
-        str(ROOT / "data" / "prepare.py"),
-        "poems.jsonl",
-        "--out",
-        "data/small",
-        "--vocab-size",
-        "300",
-    ]
-    subprocess.run(run, cwd=root, check=True, capture_output=True)
-    return root
+    return prepared(tmp_path_factory.mktemp("train") / "home")
 
 
-def settings(compile: str = "false", steps: int = STEPS) -> str:
-    return SETTINGS.replace("COMPILE", compile).replace("STEPS", str(steps))
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *arguments]
-
-
-def curve(run: Path) -> list[tuple]:
-    """Everything in metrics.jsonl that does not depend on the clock."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    clocks = ("elapsed_s", "tokens_per_second", "mfu", "peak_memory_bytes")
-    return [tuple((k, v) for k, v in line.items() if k not in clocks) for line in lines]
-
-
-def killed_until_done(root: Path, kills: int, seed: int) -> None:
-    """Run the command, kill it with SIGKILL `kills` times at random moments of start-up, updates, saves; let it finish."""
-    draw = random.Random(seed)
-    for _ in range(kills):
-        awaited = draw.randint(0, STEPS // kills)  # updates; with 0 the kill comes somewhere in the start-up
-        with subprocess.Popen(
-            command("small.yaml"), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            while awaited and (line := process.stdout.readline()):
-                awaited -= " loss " in line
-            time.sleep(draw.uniform(0.0, 0.1))
-            killed = process.poll() is None
-            process.kill()
-            errors = process.communicate()[1]
-        assert killed and "error" not in errors, errors
-    subprocess.run(command("small.yaml"), cwd=root, check=True, capture_output=True)
-
-
-def check_kills(root: Path, compile: str, kills: int) -> None:
-    (root / "small.yaml").write_text(settings(compile))
-    subprocess.run(command("small.yaml", "name=golden"), cwd=root, check=True, capture_output=True)
-    killed_until_done(root, kills, seed=kills)
-    small, golden = root / "runs" / "small", root / "runs" / "golden"
-    assert curve(small) == curve(golden)
-    weights = f"checkpoints/step_{STEPS:08d}/model.safetensors"
-    assert (small / weights).read_bytes() == (golden / weights).read_bytes()
-    assert not [path for path in (small / "checkpoints").iterdir() if path.name.startswith(".")], (
-        "temporaries are swept"
-    )
-
-
-@pytest.mark.timeout(600)
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").symlink_to(corpus / "data")
-    check_kills(tmp_path, "false", kills=3)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("compile", ["false", "true"])
-def test_ten_kills_change_nothing_eager_or_compiled(corpus: Path, tmp_path: Path, compile: str) -> None:
+@pytest.mark.parametrize(
+    ("compile", "kills"),
+    [
+        ("false", 3),
+        pytest.param("false", 30, marks=pytest.mark.slow),
+        pytest.param("true", 10, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
+    corpus: Path, tmp_path: Path, compile: str, kills: int
+) -> None:
     (tmp_path / "data").symlink_to(corpus / "data")
-    check_kills(tmp_path, compile, kills=10)
+    (tmp_path / "small.yaml").write_text(settings(compile))
+    tried, survived = killed(tmp_path, kills, print, processes=1 if kills == 3 else 2)
+    assert tried == kills == survived
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,20 +1,20 @@
+import errno
 import gc
 import io
 import json
 import random
-import re
 import weakref
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from gpt import config, prepare, settle, signals, trainer
+from gpt import config, prepare, saving, settle, signals, trainer
 from gpt.checkpoint import load_weights
-from gpt.evaluate import Evaluation
 from gpt.model import GPT
 from gpt.run import RunDirectory
 from gpt.shards import TokenSet
@@ -113,38 +113,53 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(
     ]
 
 
-def test_every_step_stands_in_metrics_once_after_a_resume_from_an_older_checkpoint(
+@pytest.mark.parametrize(("first", "last"), [(3, 4), pytest.param(1, 20, marks=pytest.mark.slow)])
+def test_a_run_interrupted_after_any_of_its_steps_and_again_five_times_has_the_bits_of_one_that_was_not(
+    here: Path, monkeypatch: pytest.MonkeyPatch, first: int, last: int
+) -> None:
+    steps = "train.steps=26"
+    train(settings("name=whole", steps), console=CONSOLE)
+    for begin in range(first, last + 1):
+        name = f"name=from-{begin}"
+        for step in range(begin, begin + 6):  # the first interruption, and then one after each of five resumes
+            with monkeypatch.context() as patch:
+                stop_at(patch, step)
+                with pytest.raises(signals.Stopped, match=f"step {step}"):
+                    train(settings(name, steps), console=CONSOLE)
+            faults.count()
+        train(settings(name, steps), console=CONSOLE)
+        assert curve(f"from-{begin}") == curve("whole")
+        assert weights(f"from-{begin}", 26) == weights("whole", 26)
+
+
+def test_saving_beside_the_training_changes_no_byte(here: Path) -> None:
+    for name, background in (("beside", "true"), ("waiting", "false")):
+        train(settings(f"name={name}", f"checkpoint.background={background}", "eval.every=100"), console=CONSOLE)
+    for step in (8, 12):
+        assert weights("beside", step) == weights("waiting", step)
+    assert curve("beside") == curve("waiting")
+
+
+def test_a_background_save_that_fails_ends_the_run_before_more_is_made(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.update
+    real = saving.save
 
-    def crashing(*args, **kwargs):
-        if args[5] == 7:
-            raise RuntimeError("power cut")
-        return real(*args, **kwargs)
+    def full(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name == "step_00000008":
+            raise OSError(errno.ENOSPC, "no space left")
+        real(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "update", crashing)
-        with pytest.raises(RuntimeError):
-            train(settings(), console=CONSOLE)
+        patch.setattr(saving, "save", full)
+        with pytest.raises(OSError, match="no space left"):
+            train(settings("train.steps=100", "eval.every=100"), console=CONSOLE)
+    saved = sorted(path.name for path in Path("runs/tiny/checkpoints").iterdir())
+    assert saved == ["step_00000004"]
     assert json.loads(Path("runs/tiny/status.json").read_text())["state"] == "failed"
-    train(settings(), console=CONSOLE)
-    assert [step for step, _, _ in curve("tiny")] == list(range(1, 13))
-
-
-def test_an_evaluation_that_was_due_after_the_last_save_is_made_up_on_resume(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash(*args, **kwargs):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", crash)
-        with pytest.raises(MemoryError):
-            train(settings(), console=CONSOLE)
-    assert (here / "runs/tiny/checkpoints/step_00000004").is_dir()
-    train(settings(), console=CONSOLE)
-    assert [line["step"] for line in metrics("tiny", "eval")] == [4, 8, 12]
+    assert curve("tiny")[-1][0] < 13, "it is noticed at the latest at the next save"
+    train(settings("train.steps=100", "eval.every=100"), console=CONSOLE)
+    assert [step for step, _, _ in curve("tiny")] == list(range(1, 101))
 
 
 def test_the_resolved_settings_train_the_same_run_again(here: Path) -> None:
@@ -232,18 +247,6 @@ def test_update_leaves_the_weights_alone_when_the_gradient_is_not_finite(here: P
     with pytest.raises(FloatingPointError):
         update(infinite_gradient, optimizer, batch, settled, choices, 1)
     assert torch.equal(model.weight, before)
-
-
-def test_patience_ends_a_run_that_stopped_improving(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([3.0, 2.0, 2.5, 2.5, 1.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: Evaluation(1.0, next(scores)))
-    train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
-    assert [line["val_bpb"] for line in metrics("tiny", "eval")] == [3.0, 2.0, 2.5, 2.5]
-    status = json.loads(Path("runs/tiny/status.json").read_text())
-    assert status["state"] == "done" and status["step"] == 16
-    assert (here / "runs/tiny/checkpoints/step_00000008").is_dir(), "the best checkpoint is kept"
-    train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
-    assert len(metrics("tiny", "eval")) == 4, "a finished run stays finished"
 
 
 def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(here: Path) -> None:
@@ -433,22 +436,4 @@ def test_a_source_is_not_kept_in_memory_beside_the_model_that_began_as_it(
     monkeypatch.setattr(trainer, "update", counted)
     earlier = weakref.WeakSet(each for each in gc.get_objects() if type(each) is GPT)
     train(settings("name=tuned", "init_from=runs/tiny", "train.steps=4"), console=CONSOLE)
-    assert alive == [1] * 4
-
-
-def test_the_sample_of_a_run_on_chats_answers_the_first_held_out_question(here: Path) -> None:
-    turns = [
-        {"messages": [{"role": "user", "content": f"Is {i} odd?"}, {"role": "assistant", "content": "no"}]}
-        for i in range(90)
-    ]
-    Path("chats.jsonl").write_text("\n".join(map(json.dumps, turns)))
-    recipe = config.load(
-        prepare.PrepareConfig, None, ["input={path: chats.jsonl, chat: true}", "kind=char", "workers=1"]
-    )
-    prepare.prepare(recipe, Path("data/chats"), console=CONSOLE)
-    train(
-        settings("data.path=data/chats", "data.document_mask=true", "train.steps=4", "log.sample_every=4"),
-        console=CONSOLE,
-    )
-    (line,) = metrics("tiny", "sample")
-    assert re.match(r"user\nIs \d+ odd\?\nassistant\n", line["text"])
+    assert alive == [1] * 5  # one of them the preflight's

@@ -1,0 +1,95 @@
+"""train.py, which sends itself a signal when a moment comes for the nth time. What it does is otherwise the command's own.
+
+    python tests/struck.py MOMENT NTH SIGNAL RANK train.py's arguments
+
+Under torchrun the rank RANK is struck, and only before the first restart.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gpt import signals
+
+MOMENTS = (
+    "import",
+    "preparation",
+    "probing",
+    "preflight",
+    "step",
+    "inside a step",
+    "save",
+    "disk",
+    "prune",
+    "evaluation",
+    "sampling",
+)
+
+
+class OnImport(MetaPathFinder):
+    def __init__(self, strike: Callable[[], None]) -> None:
+        self.strike = strike
+
+    def find_spec(self, name: str, *others: Any) -> None:
+        if name == "torch":
+            self.strike()
+
+
+def before(owner: Any, name: str, strike: Callable[[], None]) -> None:
+    real = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        strike()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def arm(moment: str, nth: int, number: int) -> None:
+    """From now on the signal comes when `moment` does for the nth time."""
+    assert moment in MOMENTS, moment
+    seen = 0
+
+    def strike() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == nth:
+            os.kill(os.getpid(), number)
+
+    if moment == "import":
+        sys.meta_path.insert(0, OnImport(strike))
+        return
+    from gpt import durable, evaluate, optim, preflight, prepare, session, trainer
+
+    places: dict[str, list[tuple[Any, str]]] = {
+        "preparation": [(prepare.tokenizers, "train")],
+        "probing": [(optim.Optimizer, "step")],  # where a choice is measured, the first updates are trials
+        "preflight": [(preflight.Preflight, "rehearse")],
+        "step": [(trainer, "update")],
+        "inside a step": [(optim.Optimizer, "step")],  # between the gradients and the update
+        "save": [(session.Session, "save")],
+        "disk": [(durable.fs, each) for each in ("open", "write", "fsync", "mkdir", "rename", "unlink", "rmtree")],
+        "prune": [(durable.fs, "rmtree")],
+        "evaluation": [(evaluate, "validation_batches")],
+        "sampling": [(session, "complete")],
+    }
+    for owner, name in places[moment]:
+        before(owner, name, strike)
+
+
+def main(argv: list[str]) -> None:
+    moment, nth, number, rank, *arguments = argv
+    mine = os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if mine:
+        arm(moment, int(nth), int(number))
+    import train
+
+    train.main(arguments)
+
+
+if __name__ == "__main__":
+    signals.run(main)

@@ -1,0 +1,86 @@
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_trainer import CONSOLE, curve, data_set, here, metrics, settings, stop_at, weights  # noqa: F401 (fixtures)
+
+from gpt import config, prepare, session, signals, trainer
+from gpt.evaluate import Evaluation
+from gpt.team import Elsewhere
+from gpt.trainer import train
+
+
+def test_every_step_stands_in_metrics_once_after_a_resume_from_an_older_checkpoint(
+    here: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = trainer.update
+
+    def crashing(*args, **kwargs):
+        if args[5] == 7:
+            raise RuntimeError("power cut")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", crashing)
+        with pytest.raises(RuntimeError):
+            train(settings(), console=CONSOLE)
+    assert json.loads(Path("runs/tiny/status.json").read_text())["state"] == "failed"
+    train(settings(), console=CONSOLE)
+    assert [step for step, _, _ in curve("tiny")] == list(range(1, 13))
+
+
+def test_an_error_that_is_no_bad_number_ends_the_run_without_a_word_to_other_ranks() -> None:
+    """One rank's full disk is Elsewhere to the others: who waits here for the one that failed waits for ever."""
+    at_work = SimpleNamespace()  # neither writer nor team may be asked
+    for error in (Elsewhere("rank 1: no space left", signals.NO_SPACE), Elsewhere("rank 1: gone", signals.STUCK)):
+        with pytest.raises(Elsewhere, match="rank 1"):
+            session.Session.rolled_back(at_work, error)
+
+
+def test_an_evaluation_that_was_due_after_the_last_save_is_made_up_on_resume(
+    here: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def crash(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "evaluate", crash)
+        with pytest.raises(MemoryError):
+            train(settings(), console=CONSOLE)
+    assert (here / "runs/tiny/checkpoints/step_00000004").is_dir()
+    train(settings(), console=CONSOLE)
+    assert [line["step"] for line in metrics("tiny", "eval")] == [4, 8, 12]
+
+
+def test_patience_ends_a_run_that_stopped_improving(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    scores = iter([3.0, 2.0, 2.5, 2.5, 1.0])
+    monkeypatch.setattr(session, "evaluate", lambda *a, **k: Evaluation(1.0, next(scores)))
+    train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
+    assert [line["val_bpb"] for line in metrics("tiny", "eval")] == [3.0, 2.0, 2.5, 2.5]
+    status = json.loads(Path("runs/tiny/status.json").read_text())
+    assert status["state"] == "done" and status["step"] == 16
+    assert (here / "runs/tiny/checkpoints/step_00000008").is_dir(), "the best checkpoint is kept"
+    train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
+    assert len(metrics("tiny", "eval")) == 4, "a finished run stays finished"
+
+
+def test_the_sample_of_a_run_on_chats_answers_the_first_held_out_question(here: Path) -> None:  # noqa: F811
+    turns = [
+        {"messages": [{"role": "user", "content": f"Is {i} odd?"}, {"role": "assistant", "content": "no"}]}
+        for i in range(90)
+    ]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    recipe = config.load(
+        prepare.PrepareConfig, None, ["input={path: chats.jsonl, chat: true}", "kind=char", "workers=1"]
+    )
+    prepare.prepare(recipe, Path("data/chats"), console=CONSOLE)
+    train(
+        settings("data.path=data/chats", "data.document_mask=true", "train.steps=4", "log.sample_every=4"),
+        console=CONSOLE,
+    )
+    (line,) = metrics("tiny", "sample")
+    assert re.match(r"user\nIs \d+ odd\?\nassistant\n", line["text"])

@@ -117,7 +117,7 @@ class Log:
         rate = f"{thousands(tokens_per_second)} tok/s{mfu}  eta {eta}"
         self.note(f"step {step}/{self._steps}  loss {loss:.3f}  lr {power(lr)}  grad {grad_norm:.2f}  {rate}")
 
-    def eval(
+    def evaluated(
         self,
         step: int,
         *,
@@ -193,7 +193,7 @@ class Silence(Log):
 
     def train(self, step: int, **values: Any) -> None: ...
 
-    def eval(self, step: int, **values: Any) -> None: ...
+    def evaluated(self, step: int, **values: Any) -> None: ...
 
     def sample(self, step: int, **values: Any) -> None: ...
 

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -157,14 +156,7 @@ def _leg(given: TrainConfig, home: Path, name: str, updates: int) -> None:
 
 def _work(text: str, home: str, updates: int, saying: Any) -> None:
     """What a leg's process does; its exit code is the verb's."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    signals.end_with_parent()
     code = signals.DONE
     try:
         given = TrainConfig.model_validate_json(text)

@@ -300,7 +300,7 @@ class Session:
         else:
             result = evaluate(self.objective, views(self.data), config.eval, self.data.tokenizer, **how)
         self.scores[step] = result.score
-        self.log.eval(step, tokens=self.tokens(step), **asdict(result), elapsed_s=self.elapsed())
+        self.log.evaluated(step, tokens=self.tokens(step), **asdict(result), elapsed_s=self.elapsed())
 
     def _sample(self, step: int) -> None:
         model, tokenizer = self.objective.model, self.data.tokenizer

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -109,6 +111,18 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def end_with_parent() -> None:
+    """A process that another one started (multiprocessing) ends when that one does, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def end_at_once() -> None:

@@ -6,9 +6,7 @@ that sees the working directory may make it.
 
 import json
 import multiprocessing
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -337,14 +335,7 @@ def _begin_worker(stop: Any, done: Any, job: Job) -> None:
     """A worker leaves stopping to its parent, and does not outlive it."""
     global _worker
     signals.ignore()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    signals.end_with_parent()
     tokenizer = Tokenizer.load(job.finished)
     _worker = _Worker(stop, done, job, tokenizer, Encoder(tokenizer))
 

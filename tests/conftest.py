@@ -1,6 +1,6 @@
 """Small shared beginnings: models with visible weights, random tokens, and data sets of any shape held in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
+from tiny import SETTINGS, write_characters
 from torch import Tensor
 
 from gpt import chat, hf
@@ -147,3 +148,13 @@ def pupil(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.zero_grad()
     write_model(path, model, tokenizer)
     return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a small set of characters and tiny.yaml."""
+    monkeypatch.chdir(tmp_path)
+    write_characters(Path("data/cats"), 1)
+    Path("tiny.yaml").write_text(SETTINGS)
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)

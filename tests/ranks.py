@@ -64,11 +64,15 @@ def run(
     return finished(start(command, size, cwd), timeout_s)
 
 
+# As the commands end (signals.run): torch's threads to other ranks may abort the interpreter's own end.
+ENDED = "import os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+
+
 def found(code: str, size: int, timeout_s: float = 120) -> list[Any]:
     """What `code`, a function's body with `team` at hand, returns on each of `size` ranks, as JSON; AssertionError with what
     a rank said if it failed."""
     program = f"import json\nfrom gpt.team import Team\ndef work(team):\n{textwrap.indent(code, '    ')}\n"
-    program += "with Team.joined(60) as team:\n    print('\\n' + json.dumps(work(team)))\n"
+    program += "with Team.joined(60) as team:\n    print('\\n' + json.dumps(work(team)))\n" + ENDED
     compilers = ["ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"]  # torch's own, of itself
     warnings = [flag for what in ("error", *compilers) for flag in ("-W", what)]
     ended = run([sys.executable, *warnings, "-c", program], size, timeout_s=timeout_s)

@@ -26,6 +26,7 @@ from runs import PATIENCE_S, command, differences, prepared, settings, trained
 
 EVERY_S = 20.0  # between two faults, on average
 SAVE_S = 3.0  # between two saves, about
+RUN_S = 120.0  # of training in one run at most: a few faults, then the comparison
 FAULTS = ("kill", "stop request", "full disk", "flipped byte", "stopped for a while", "clock")
 SMALL_FILE = 20_000  # bytes, of a disk that is full
 
@@ -134,7 +135,7 @@ def soaked(
     trained(home, "speed")
     rate = 400 / (time.monotonic() - began)  # its start-up included, so that there are a few runs
     every = max(5, round(rate * SAVE_S))
-    steps = max(400, round(rate * max(60.0, 60 * minutes / 3)))
+    steps = max(400, round(rate * min(RUN_S, max(60.0, 60 * minutes / 3))))
     text = (
         settings(steps=steps)
         .replace("every: 5", f"every: {every}")

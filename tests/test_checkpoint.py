@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from faults import FAULTS, Killed, Unsynced, every_sync_watched, failed, installed, n_operations
+from ranks import ENDED
 from safetensors import safe_open
 from safetensors.torch import load_file
 from teams import blocks, on_all
@@ -658,7 +659,8 @@ def processes(end: str, size: int, path: Path) -> list[subprocess.CompletedProce
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-c", WORK.replace("{END}", textwrap.indent(end, "    ").strip()), str(path)]
+    work = WORK.replace("{END}", textwrap.indent(end, "    ").strip())
+    program = [sys.executable, "-c", work + ENDED, str(path)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [
         subprocess.Popen(program, env=os.environ | told | {"RANK": str(rank)}, cwd=ROOT, **pipes)

@@ -97,7 +97,7 @@ def test_each_record_is_one_line_of_json_with_its_kind_and_step(opened, tmp_path
     log, _ = opened()
     with log:
         log.train(10, tokens=40960, **UPDATE, mfu=None, elapsed_s=1.5)
-        log.eval(10, tokens=40960, val_loss=3.5, val_bpb=2.1, elapsed_s=2.0)
+        log.evaluated(10, tokens=40960, val_loss=3.5, val_bpb=2.1, elapsed_s=2.0)
         log.sample(10, tokens=40960, text="def f():\n    '詩🙂'\n")
     assert lines(tmp_path) == [
         {"kind": "train", "step": 10, "tokens": 40960, **UPDATE, "mfu": None, "elapsed_s": 1.5},
@@ -124,7 +124,7 @@ def test_a_resumed_run_appends(opened, tmp_path):
 def test_what_is_not_finite_becomes_null_and_the_file_stays_json(opened, tmp_path):
     log, shown = opened()
     with log:
-        log.eval(1, tokens=1, val_loss=math.nan, val_bpb=math.inf)
+        log.evaluated(1, tokens=1, val_loss=math.nan, val_bpb=math.inf)
     assert lines(tmp_path)[0] | {"kind": ""} == {"kind": "", "step": 1, "tokens": 1, "val_loss": None, "val_bpb": None}
     assert "val_loss nan" in shown.getvalue()
 
@@ -133,7 +133,7 @@ def test_a_plain_console_gets_one_unbroken_line_for_each_record(opened):
     log, shown = opened()
     with log:
         log.train(120, tokens=120 * 4096, **UPDATE)
-        log.eval(120, tokens=1, val_loss=3.40001, val_bpb=2.05)
+        log.evaluated(120, tokens=1, val_loss=3.40001, val_bpb=2.05)
     rate = 12_345.0 / 4096
     assert shown.getvalue() == (
         f"step 120/3000  loss 3.412  lr 3.0e-4  grad 0.80  12.3k tok/s  eta {duration(2880 / rate)}\n"
@@ -213,7 +213,7 @@ def test_wandb_gets_the_public_settings_and_the_records_over_tokens(opened, fake
     log, _ = opened(wandb=WandbConfig(project="p", entity="e", group="g", tags=("a", "b")))
     with log:
         log.train(10, tokens=40, **UPDATE, mfu=None)
-        log.eval(10, tokens=40, val_loss=3.0, val_bpb=2.0)
+        log.evaluated(10, tokens=40, val_loss=3.0, val_bpb=2.0)
     asked = {name: module.given[name] for name in ("project", "entity", "group", "tags", "mode", "resume")}
     assert asked == {
         "project": "p",
@@ -261,7 +261,7 @@ def test_a_resume_continues_the_wandb_run_and_sends_no_step_twice(opened, fake):
         with log:
             for step in steps:
                 log.train(step, tokens=step, **UPDATE)
-                log.eval(step, tokens=step, val_loss=1.0, val_bpb=1.0)
+                log.evaluated(step, tokens=step, val_loss=1.0, val_bpb=1.0)
         ids.add(module.given["id"])
         sent += [(record["tokens"], "eval/val_bpb" in record) for record in module.records]
     assert len(ids) == 1
@@ -358,8 +358,8 @@ def test_the_scores_of_several_sources_are_recorded_shown_and_sent_one_by_one(op
     module = fake()
     log, shown = opened(wandb=WandbConfig())
     with log:
-        log.eval(10, tokens=40, val_loss=3.0, val_bpb=2.0, sources={"poems": 2.5, "plays": math.nan})
-        log.eval(20, tokens=80, val_loss=3.0, val_bpb=2.0, sources={"poems": 2.0})
+        log.evaluated(10, tokens=40, val_loss=3.0, val_bpb=2.0, sources={"poems": 2.5, "plays": math.nan})
+        log.evaluated(20, tokens=80, val_loss=3.0, val_bpb=2.0, sources={"poems": 2.0})
     several, one = lines(tmp_path)
     assert several["sources"] == {"poems": 2.5, "plays": None}
     assert "sources" not in one

@@ -1,7 +1,6 @@
 """What would stop a run later is found before its first step, in words, and leaves the run as it was."""
 
 import errno
-import io
 import json
 import os
 import re
@@ -13,27 +12,10 @@ import pytest
 import torch
 from conftest import MemorySplit
 from faults import installed
-from rich.console import Console
-from test_resume import SETTINGS, write_characters
+from tiny import trained
 
-from gpt import checkpoint, config, durable, preflight, settle, signals, trainer
+from gpt import checkpoint, durable, preflight, settle, signals, trainer
 from gpt.durable import CorruptError
-from gpt.trainer import TrainConfig, train
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_characters(Path("data/cats"), 1)
-    Path("tiny.yaml").write_text(SETTINGS)
-    yield tmp_path
-    torch.use_deterministic_algorithms(False)
-
-
-def trained(*overrides: str, **how: object) -> str:
-    console = Console(record=True, file=io.StringIO(), width=250)
-    train(config.load(TrainConfig, Path("tiny.yaml"), overrides), console=console, **how)  # type: ignore[arg-type]
-    return console.export_text()
 
 
 def steps_made() -> list[int]:

@@ -12,25 +12,12 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_resume import SETTINGS, write_characters
+from tiny import settings
 
-from gpt import config, durable, rehearsal, signals
+from gpt import durable, rehearsal, signals
 from gpt.trainer import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_characters(Path("data/cats"), 1)
-    Path("tiny.yaml").write_text(SETTINGS)
-    yield tmp_path
-    torch.use_deterministic_algorithms(False)
-
-
-def settings(*overrides: str) -> TrainConfig:
-    return config.load(TrainConfig, Path("tiny.yaml"), overrides)
 
 
 def here_in_process(monkeypatch: pytest.MonkeyPatch, between: object = None) -> None:

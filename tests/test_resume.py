@@ -2,62 +2,16 @@
 
 import io
 import json
-import random
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from rich.console import Console
+from tiny import settings, trained
 
 from gpt import config, resume, runtime, settle, signals, trainer
 from gpt.trainer import TrainConfig, train
-
-SETTINGS = """
-name: tiny
-data: {path: data/cats, seq_len: 16}
-model: {n_layer: 1, d_model: 16, n_head: 2, dropout: 0.1}
-train: {steps: 12, batch_tokens: 64, micro_batch: 4, compile: false, threads: 1, device: cpu, dtype: float32}
-optim: {kind: adamw, lr: 0.01}
-schedule: {kind: wsd, warmup: 2, decay: 4}
-eval: {every: 6, tokens: 100}
-checkpoint: {every: 4, keep: 9}
-log: {every: 1}
-"""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a small set of characters and tiny.yaml."""
-    monkeypatch.chdir(tmp_path)
-    write_characters(Path("data/cats"), 1)
-    Path("tiny.yaml").write_text(SETTINGS)
-    yield tmp_path
-    torch.use_deterministic_algorithms(False)
-
-
-def write_characters(path: Path, seed: int) -> None:
-    """A set as nanoGPT prepares characters."""
-    path.mkdir(parents=True)
-    stoi = {c: i for i, c in enumerate(" .\nabcdefghijklmnopqrstuvwxyz")}
-    (path / "meta.json").write_text(json.dumps({"vocab_size": len(stoi), "stoi": stoi}))
-    draw = random.Random(seed)
-    for split, n in (("train", 300), ("val", 60)):
-        text = " ".join(draw.choices(["the cat", "a dog", "sees", "hears", "my bird"], k=n)) + ".\n"
-        (path / f"{split}.bin").write_bytes(np.array([stoi[c] for c in text], "<u2").tobytes())
-
-
-def settings(*overrides: str) -> TrainConfig:
-    return config.load(TrainConfig, Path("tiny.yaml"), overrides)
-
-
-def trained(*overrides: str, **how: object) -> str:
-    """What a run says."""
-    console = Console(record=True, file=io.StringIO(), width=250)
-    train(settings(*overrides), console=console, **how)  # type: ignore[arg-type]
-    return console.export_text()
 
 
 def stopped(*overrides: str, at: int, **how: object) -> str:

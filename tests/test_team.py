@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ranks import ENDED
 from torch import distributed
 
 from gpt import signals, team
@@ -23,7 +24,9 @@ def launched(code: str, size: int) -> list[subprocess.CompletedProcess[str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    program = f"from gpt.team import Elsewhere, Team\nwith Team.joined(60) as team:\n{textwrap.indent(code, '    ')}"
+    program = (
+        f"from gpt.team import Elsewhere, Team\nwith Team.joined(60) as team:\n{textwrap.indent(code, '    ')}{ENDED}"
+    )
     running = [
         subprocess.Popen(
             [sys.executable, "-c", program],

@@ -262,7 +262,7 @@ class Session:
         """
         config, steps = self.config, self.choices.steps
         evaluating = due(step, config.eval.every, steps) if step else config.init_from is not None
-        sampling = step > 0 and due(step, config.log.sample_every, steps)
+        sampling = step > 0 and due(step, config.log.sample_every, steps) and not self.parts.ranks.n.in_parts
         try:
             if evaluating and step not in self.scores:
                 self._evaluate(step)

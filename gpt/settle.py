@@ -126,11 +126,6 @@ def _check_ranks(given: TrainConfig, n: Sizes, world: int) -> None:
         raise ValueError(
             f"objective.kind={given.objective.kind} reads the head whole: set parallel.tensor=1 (shard may stay)"
         )
-    if n.in_parts and given.log.sample_every is not None:
-        raise ValueError(
-            "a sample is written by one rank, which holds a part of the model only: set log.sample_every=null, and sample from "
-            "its checkpoints (sample.py), or parallel.shard=1 parallel.tensor=1"
-        )
 
 
 def agree(

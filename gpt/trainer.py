@@ -158,7 +158,7 @@ def _train(
             ranks.check()
             with team.together():
                 preflight = Preflight(run, data, say)
-            _say_ranks(ranks, say)
+            _say_ranks(ranks, given.log.sample_every is not None, say)
             model = settle.build(config, source, say, in_parts=ranks.n.in_parts)
             source = source if settle.needs_source(config) else None
             with team.together():
@@ -223,11 +223,15 @@ def _restored(
     return optimizer, restore
 
 
-def _say_ranks(ranks: Ranks, say: Callable[[str], None]) -> None:
-    """How the ranks share the work, in words; nothing of one alone."""
+def _say_ranks(ranks: Ranks, sampling: bool, say: Callable[[str], None]) -> None:
+    """How the ranks share the work, and what they cannot do, in words; nothing of one alone."""
     told = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, ranks.n, strict=True) if n > 1)
     if told:
         say(f"ranks: {ranks.team.size} ({told}{', canonical' if ranks.canonical else ''})")
+    if sampling and ranks.n.in_parts:
+        say(
+            "samples: left out, since one rank writes them and holds a part of the model; sample.py reads the checkpoints"
+        )
 
 
 def _agreed(run: RunDirectory, config: TrainConfig, step: int, team: Team) -> None:

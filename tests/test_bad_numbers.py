@@ -331,11 +331,14 @@ def test_of_two_ranks_one_tells_of_a_batch_that_only_one_of_them_read(here: Path
     assert json.loads(Path("runs/tiny/status.json").read_text())["exit_code"] == 4
 
 
-@pytest.mark.parametrize("shard", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shard", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_ranks_skip_the_same_update(here: Path, shard: int) -> None:  # noqa: F811
-    parts = f"parallel.shard={shard}"
-    for each in on_two(*SKIP, parts, "checkpoint.every=1", "checkpoint.keep=20", bad=(5,)):
+    how = (f"parallel.shard={shard}", "checkpoint.every=1", "checkpoint.keep=20", "log.sample_every=6")
+    for each in on_two(*SKIP, *how, bad=(5,)):
         assert each.startswith("0: "), each
+    assert [line["step"] for line in metrics("tiny", "sample")] == ([6, 12] if shard == 1 else []), (
+        "of a model in parts"
+    )
     assert weights("tiny", 4) == weights("tiny", 5) != weights("tiny", 6)
     assert [line["step"] for line in metrics("tiny", "train")] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
     assert state("tiny", 12)["bad"] == [5]

@@ -390,7 +390,6 @@ def test_a_run_in_use_names_who_holds_it(home: Path, shell: Shell) -> None:
         ("parallel.shard=auto", "one size may be auto"),
         ("parallel.shard=2 parallel.canonical=true", "canonical sums are those of whole copies"),
         ("train.batch_tokens=96", "3 rows.*ranks .* cannot share equally"),
-        ("parallel.tensor=2 log.sample_every=5", "log.sample_every=null"),
         ("data.path=data/later", "python data/prepare.py data/later.yaml"),
     ],
 )

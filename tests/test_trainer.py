@@ -5,6 +5,7 @@ import json
 import random
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -16,6 +17,7 @@ from rich.console import Console
 from gpt import config, prepare, saving, settle, signals, trainer
 from gpt.checkpoint import load_weights
 from gpt.model import GPT
+from gpt.ranks import Sizes
 from gpt.run import RunDirectory
 from gpt.shards import TokenSet
 from gpt.trainer import TrainConfig, train, update
@@ -437,3 +439,13 @@ def test_a_source_is_not_kept_in_memory_beside_the_model_that_began_as_it(
     earlier = weakref.WeakSet(each for each in gc.get_objects() if type(each) is GPT)
     train(settings("name=tuned", "init_from=runs/tiny", "train.steps=4"), console=CONSOLE)
     assert alive == [1] * 5  # one of them the preflight's
+
+
+@pytest.mark.parametrize(
+    ("n", "sampling", "said"), [(Sizes(shard=2), True, 2), (Sizes(shard=2), False, 1), (Sizes(2), True, 1)]
+)
+def test_ranks_say_how_they_share_the_work_and_that_none_can_sample(n: Sizes, sampling: bool, said: int) -> None:
+    lines: list[str] = []
+    trainer._say_ranks(SimpleNamespace(n=n, team=SimpleNamespace(size=2), canonical=False), sampling, lines.append)
+    assert lines[0].startswith("ranks: 2 (") and len(lines) == said
+    assert all("samples: left out" in line for line in lines[1:])

@@ -46,16 +46,16 @@ def draw(rng: random.Random, span: float) -> Kill:
     return Kill(0.0, moment, rng.randint(1, most))
 
 
-def met(home: Path, name: str, kill: Kill) -> tuple[bool, str]:
-    """Run the command with a kill; (whether it met a living process, what was wrong)."""
+def met(home: Path, name: str, kill: Kill) -> tuple[bool, str, float]:
+    """Run the command with a kill; (whether it met a living process, what was wrong, how long the process was there)."""
     arguments = ("small.yaml", f"name={name}")
     if kill.moment:
-        code, said, _ = ended(home, struck(kill.moment, kill.nth, signal.SIGKILL, *arguments))
+        code, said, seconds = ended(home, struck(kill.moment, kill.nth, signal.SIGKILL, *arguments))
     else:
-        code, said, _ = ended(home, command(*arguments), kill_after=kill.seconds)
+        code, said, seconds = ended(home, command(*arguments), kill_after=kill.seconds)
     if code not in (0, -signal.SIGKILL) or "error" in said:
-        return code != 0, f"{kill}: exit code {code}: {said[-600:]}"
-    return code != 0, ""
+        return code != 0, f"{kill}: exit code {code}: {said[-600:]}", seconds
+    return code != 0, "", seconds
 
 
 def chain(home: Path, golden: Path, wanted: int, seed: int, span: float, say: Callable[[str], None]) -> tuple[int, int]:
@@ -66,7 +66,10 @@ def chain(home: Path, golden: Path, wanted: int, seed: int, span: float, say: Ca
         n_runs += 1
         name, here, wrong = f"killed-{seed}-{n_runs}", 0, []
         while here < PER_RUN and tried + here < wanted:
-            alive, fault = met(home, name, draw(rng, span))
+            alive, fault, seconds = met(home, name, draw(rng, span))
+            # The whole of a run, quicker than `span`: by that, later kills would come too late as well.
+            if not alive and here == 0:
+                span = min(span, seconds)
             here += alive
             wrong += [fault] if fault else []
             if not alive or fault:

@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from typing import NamedTuple
 from proving import Row
 
 ROOT = Path(__file__).resolve().parent.parent
+AT_ONCE = 2
 GUARANTEES = [f"G{i}" for i in range(1, 20)]
 Say = Callable[[str], None]
 Prover = Callable[[float, Say], list[Row]]
@@ -32,6 +34,7 @@ Prover = Callable[[float, Say], list[Row]]
 class Proof(NamedTuple):
     guarantees: str
     prove: Prover
+    apart: bool = False  # in processes of its own, so that two may go on at a time
 
 
 # Guarantees that tests prove as they stand: what they try, and where. A name selects every test that contains it, none all.
@@ -145,7 +148,7 @@ def proofs(minutes: float) -> list[Proof]:
     """Every proof, the quick ones first."""
 
     def of_tests(tests: Chosen) -> Proof:
-        return Proof(tests.guarantees, lambda scale, say: tested(tests, scale, say))
+        return Proof(tests.guarantees, lambda scale, say: tested(tests, scale, say), apart=True)
 
     return [
         *(of_tests(each) for each in stated(TESTS)),
@@ -189,9 +192,15 @@ def prove(found: Sequence[Proof], wanted: Sequence[str], scale: float, say: Say)
     """Try the proofs of the guarantees `wanted`, print the table; the exit code."""
     rows: list[Row] = []
     began = time.monotonic()
-    for proof in found:
-        if set(proof.guarantees.split()) & set(wanted):
-            for row in attempted(proof, scale, lambda line: say(f"  {line}")):
+    chosen = [proof for proof in found if set(proof.guarantees.split()) & set(wanted)]
+
+    def attempt(proof: Proof) -> list[Row]:
+        return attempted(proof, scale, lambda line: say(f"  {line}"))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        ahead = {id(proof): pool.submit(attempt, proof) for proof in chosen if proof.apart}
+        for proof in chosen:
+            for row in ahead[id(proof)].result() if proof.apart else attempt(proof):
                 rows.append(row)
                 say(f"{row.guarantee}: {row.what}: {row.survived} of {row.tried}, {row.seconds:.0f} s")
     say("")

@@ -119,10 +119,12 @@ def newest(home: Path, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10 steps, at most two ranks")
-    parser.add_argument("--dir", type=Path, help="where runs are made, and stay (a temporary directory)")
+    parser.add_argument(
+        "--dir", type=Path, help="where `ranks`, with the runs, is made and stays (a temporary directory)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        home = args.dir or Path(temporary)
+        home = (args.dir or Path(temporary)) / "ranks"  # a directory of its own: what is there from before is deleted
         home.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(home / "runs", ignore_errors=True)
         steps = {"steps: 50": "steps: 10", "every: 25": "every: 5", "checkpoint: {every: 10": "checkpoint: {every: 2"}

@@ -97,8 +97,9 @@ def _characters(file: Path) -> Tokenizer:
     The start token and one for unknown characters come after them: such files have none.
     """
     wrong = f'{file}: expected {{"vocab_size": N, "stoi": {{character: id, ...}}}} or "itos": [character, ...]'
+    data = durable.plain(file).read_bytes()
     try:
-        meta = json.loads(durable.plain(file).read_bytes())
+        meta = json.loads(data)
         itos = meta.get("itos")
         itos = {str(i): c for i, c in enumerate(itos)} if isinstance(itos, list) else itos
         stoi = {c: int(i) for i, c in itos.items()} if isinstance(itos, dict) else dict(meta["stoi"])

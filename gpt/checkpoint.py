@@ -55,15 +55,13 @@ from torch import Tensor  # noqa: E402
 from gpt import durable, runtime, slices, tensors  # noqa: E402
 from gpt.config import Count, Settings  # noqa: E402
 from gpt.durable import CorruptError  # noqa: E402
+from gpt.hub import INDEX, WEIGHTS  # noqa: E402
 from gpt.run import MANIFEST, checkpoint_path, saved_steps  # noqa: E402
 from gpt.slices import Slice  # noqa: E402
 from gpt.team import Team  # noqa: E402
 
 FORMAT = 1
-WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"  # one or the other
-INDEX = (
-    "model.safetensors.index.json"  # which file holds which weight: others read all files that it does not leave out
-)
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # instead of WEIGHTS
 SPLIT = re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 OPTIMIZER = re.compile(r"optimizer-([0-9]{5})-of-([0-9]{5})\.safetensors")
 STATE, SETTINGS = "state.json", "run.yaml"
@@ -145,17 +143,19 @@ def save(
 
     `weights`: what this rank writes of them, by the names that `pack` makes a tensor on disk of; `sizes`: the bytes on
     disk of all ranks' (`owners`), None where the first rank has them all. `optimizer`: the blocks that this rank writes.
-    `weights_file` is ADAPTER where the weights are an adapter's. FloatingPointError, with nothing written, for a weight
+    `weights_file` is ADAPTER_WEIGHTS where the weights are an adapter's. FloatingPointError, with nothing written, for a weight
     that is not finite.
     """
     with team.together():
         check_finite(path, weights)
-    alone = sizes is None
+    first_has_all = sizes is None
     if sizes is None:
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}
-    files = {weights_file: list(sizes)} if weights_file == ADAPTER else _weight_files(sizes)
+    files = {weights_file: list(sizes)} if weights_file == ADAPTER_WEIGHTS else _weight_files(sizes)
     mine = {
-        file: names for i, (file, names) in enumerate(files.items()) if (0 if alone else i % team.size) == team.rank
+        file: names
+        for i, (file, names) in enumerate(files.items())
+        if (0 if first_has_all else i % team.size) == team.rank
     }
     contents: dict[str, Iterable[bytes | memoryview]] = {
         **{file: _packed(names, weights, pack) for file, names in mine.items()},
@@ -164,7 +164,7 @@ def save(
     if team.first:
         contents |= {name: [data] for name, data in model_files.items()}
         contents |= {SETTINGS: [run_yaml.encode()], STATE: [json.dumps(state, indent=1).encode()]}
-        if weights_file != ADAPTER:
+        if weights_file != ADAPTER_WEIGHTS:
             where = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
             contents[INDEX] = [json.dumps(index, indent=1).encode()]
@@ -261,7 +261,8 @@ def _manifest(path: Path) -> dict[str, str]:
         told = json.loads(manifest.read_bytes())
         version, files = told["format"], told["sha256"]
         split = _numbered(SPLIT, files, 1)
-        needed = {STATE, SETTINGS} | ({INDEX, *split} if split else {ADAPTER if ADAPTER in files else WEIGHTS})
+        whole = ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in files else WEIGHTS
+        needed = {STATE, SETTINGS} | ({INDEX, *split} if split else {whole})
         needed |= _numbered(OPTIMIZER, files, 0) or {"optimizer-00000-of-00001.safetensors"}
         forgotten = sorted(needed - files.keys())
     except FileNotFoundError:
@@ -306,7 +307,7 @@ def _advice(path: Path) -> str:
 def verified(path: Path) -> Iterator[str]:
     """Read every byte of a checkpoint, or of all of a run: a line on each; then CorruptError with what is wrong, if anything."""
     run = (path / "checkpoints").is_dir()
-    found = sorted((path / "checkpoints").glob("step_*")) if run else [path]
+    found = sorted(each for each in (path / "checkpoints").glob("step_*") if each.is_dir()) if run else [path]
     if (
         not path.is_dir()
         or not found
@@ -320,6 +321,7 @@ def verified(path: Path) -> Iterator[str]:
         try:
             verify(each)
             _check_contents(each)
+            size = sum(file.stat().st_size for file in each.iterdir())
         except (CorruptError, FileNotFoundError) as error:
             if each.exists():
                 wrong.append(str(error))
@@ -327,7 +329,6 @@ def verified(path: Path) -> Iterator[str]:
             else:
                 yield f"{each}: its run has deleted it in the meantime"
         else:
-            size = sum(file.stat().st_size for file in each.iterdir())
             yield f"{each}: whole, {size / 1e6:,.1f} MB in {time.perf_counter() - began:.1f} s"
     if wrong:
         raise CorruptError("\n".join(wrong))
@@ -345,18 +346,14 @@ def _check_contents(path: Path) -> None:
 
 def weight_files(path: Path) -> list[Path]:
     """Where the weights of a verified checkpoint stand."""
-    return [path / name for name in sorted(_manifest(path)) if name in (WEIGHTS, ADAPTER) or SPLIT.fullmatch(name)]
+    return [
+        path / name for name in sorted(_manifest(path)) if name in (WEIGHTS, ADAPTER_WEIGHTS) or SPLIT.fullmatch(name)
+    ]
 
 
 def optimizer_files(path: Path) -> list[Path]:
     """Where the optimizer's state of a verified checkpoint stands."""
     return [path / name for name in sorted(_manifest(path)) if OPTIMIZER.fullmatch(name)]
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a verified checkpoint, by the names on disk."""
-    found = {name: entry for file in weight_files(path) for name, entry in tensors.stored(file).items()}
-    return {name: slices.read(slices.undivided(entry)) for name, entry in found.items()}
 
 
 def load_optimizer(path: Path, wanted: slices.Wanted = slices.whole) -> Mapping[str, Tensor]:

@@ -20,7 +20,7 @@ from gpt.loss import n_terms
 from gpt.optim import Optimizer
 from gpt.places import of_batch, openings
 from gpt.plan import Choices
-from gpt.ranks import Forward, Ranks, apart
+from gpt.ranks import ALONE, Forward, Ranks, apart
 from gpt.schedule import ScheduleConfig, factor
 from gpt.settle import REPEATS, TrainConfig
 from gpt.tokenizer import Tokenizer
@@ -32,7 +32,6 @@ RISEN = 1.15  # times the best: a loss that high diverges
 WORSE_EVALS = 3  # rising evaluations that make overfitting
 AGAIN = 1000  # updates after which a spike is told of again
 DEAD = 1e-7  # a gradient norm that teaches nothing
-ALONE = Ranks()
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,11 @@ def plain(file: Path) -> Path:
     return file
 
 
+def unfollowed(path: str, flags: int) -> int:
+    """An opener for `open`, of a file that is written in place: OSError (ELOOP) where a symbolic link stands there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
@@ -218,9 +223,13 @@ class Lock:
         while True:
             make_directory(path.parent)
             try:
-                self._file = path.open("a+")
+                self._file = open(path, "a+", opener=unfollowed)  # noqa: SIM115 (held until released)
             except FileNotFoundError:  # the last holder is just deleting it
                 continue
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    raise ValueError(f"{path}: is a symbolic link, which is not followed; delete it") from None
+                raise
             try:
                 fcntl.flock(self._file, kind | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -73,12 +73,12 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from gpt import adapters, checkpoint, durable, families, quantize, run, slices, tensors  # noqa: E402
 from gpt.adapters import AdapterConfig  # noqa: E402
 from gpt.durable import CorruptError, plain  # noqa: E402
+from gpt.hub import INDEX, WEIGHTS  # noqa: E402
 from gpt.model import GPT, ModelConfig  # noqa: E402
 from gpt.run import PICKLES  # noqa: E402
 from gpt.slices import Slice  # noqa: E402
 from gpt.tokenizer import Tokenizer  # noqa: E402
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BASE = "base.json"  # of an adapter: its settings, and which base they are for
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # what a tokenizer is read from
 ENOUGH = 8  # names in an error
@@ -103,16 +103,6 @@ def places(config: ModelConfig, names: Iterable[str]) -> dict[str, families.Plac
 def to_disk(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by what the class in config.json calls them; copied only where it also stores them in another form."""
     return {name: families.pack(place, state) for name, place in places(config, state).items()}
-
-
-def from_disk(config: ModelConfig, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_disk`: a whole state dict."""
-    state = {
-        name: part
-        for disk, place in places(config, _shapes(config).state_dict()).items()
-        for name, part in families.unpack(place, stored[disk]).items()
-    }
-    return state | ({"lm_head.weight": state["model.embed_tokens.weight"]} if config.tie_embeddings else {})
 
 
 def fill(config: ModelConfig, path: Path, blocks: Mapping[str, Slice]) -> None:
@@ -358,7 +348,7 @@ def _adapter_tensors(path: Path, config: ModelConfig, adapter: AdapterConfig) ->
     """The tensors of the adapter in `path`; ValueError unless they are what `adapter` has on a model of this shape."""
     shapes = _shapes(config)
     adapters.put_on(shapes, adapter)
-    found = tensors.stored(plain(path / checkpoint.ADAPTER))
+    found = tensors.stored(plain(path / checkpoint.ADAPTER_WEIGHTS))
     _check_tensors(path, {name: tensor.shape for name, tensor in adapters.to_peft(shapes).items()}, found)
     return found
 
@@ -426,7 +416,7 @@ def _holds(held: bool) -> str:
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a model directory, and which names its index promises in each (None: it has no index)."""
-    single, index = path / SINGLE, path / INDEX
+    single, index = path / WEIGHTS, path / INDEX
     beside = {file.name for file in path.iterdir() if file.suffix == ".safetensors"}
     if index.exists():
         names = _read_json(index).get("weight_map")
@@ -435,9 +425,9 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         files = sorted(set(names.values()))
         if outside := [name for name in files if not durable.is_plain(name)]:
             raise ValueError(f"{index}: {outside[0]!r} is not a plain file name; weights must stand beside their index")
-        if SINGLE in beside and SINGLE not in files:
+        if WEIGHTS in beside and WEIGHTS not in files:
             raise ValueError(
-                f"{path}: two sets of weights: {SINGLE}, and {INDEX} with {files[0]}; take away the one that is not meant"
+                f"{path}: two sets of weights: {WEIGHTS}, and {INDEX} with {files[0]}; take away the one that is not meant"
             )
         return {plain(path / file): {name for name, its in names.items() if its == file} for file in files}
     if single.exists():
@@ -448,7 +438,7 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
             f"{path}: {pickles[0]} is a pickle, which can run code when it is read, so it is not read; if you trust "
             "it: AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET, safe_serialization=True)"
         )
-    raise FileNotFoundError(f"{path}: neither {SINGLE} nor {INDEX} is here")
+    raise FileNotFoundError(f"{path}: neither {WEIGHTS} nor {INDEX} is here")
 
 
 def _check_tensors(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, tensors.Stored]) -> None:

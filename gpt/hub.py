@@ -33,7 +33,8 @@ REPOSITORY = re.compile(
 SHARDED = re.compile(r"(?:.*/)?data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
 CLIENTS = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")  # packages whose errors are of the network
 SHOWN = 12  # names in an error
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"  # which file holds which weight: others read all files that it does not leave out
 BESIDE = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")  # of a model
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 
@@ -213,8 +214,8 @@ def model(name: str) -> Path:
                 return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
             raise
         names = {sibling.rfilename for sibling in info.siblings or ()}
-        if "config.json" not in names or not names & {SINGLE, INDEX}:
-            lacks = f"{SINGLE} (or its index)" if "config.json" in names else "config.json"
+        if "config.json" not in names or not names & {WEIGHTS, INDEX}:
+            lacks = f"{WEIGHTS} (or its index)" if "config.json" in names else "config.json"
             raise ValueError(
                 f"{name}: it has no {lacks}, and weights in other forms are not fetched: a pickle can run code when it is"
                 f" read; it has {_shown(sorted(names))}"
@@ -234,7 +235,7 @@ def model(name: str) -> Path:
         for file in (*BESIDE, *vocabulary, *ranks):
             if file in names:
                 fetch(file, fixed)
-        for file in [SINGLE] if SINGLE in names else _indexed(name, fetch(INDEX, fixed), names):
+        for file in [WEIGHTS] if WEIGHTS in names else _indexed(name, fetch(INDEX, fixed), names):
             fetch(file, fixed)
         return directory
 

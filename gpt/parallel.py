@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -77,6 +77,9 @@ def in_parts(objective: Objective, ranks: Ranks, device: str) -> None:
     Its parameters are to be filled in afterwards.
     """
     assert ranks.mesh is not None
+    met, where = ranks.mesh.device_type, device.partition(":")[0]
+    if met != where:
+        raise ValueError(f"the run computes on {where}, and its ranks would meet on {met}: set train.device={where}")
     model = objective.model
     if ranks.n.tensor > 1:  # 1. of the four steps that `applied` goes on with
         assert isinstance(objective, NextToken)
@@ -94,6 +97,13 @@ def in_parts(objective: Objective, ranks: Ranks, device: str) -> None:
     objective._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     if model.config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def resharded(objective: Objective) -> None:
+    """Let go of weights that were gathered for a pass without a gradient, so that the next one reads what the parts hold then."""
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:

@@ -140,43 +140,35 @@ class Parts(Here):
 
     @torch.no_grad()
     def whole(
-        self, keys: Iterable[str], tensors: Mapping[str, Tensor], owner_of: Callable[[str], int] = lambda key: 0
+        self, names: Iterable[str], tensors: Mapping[str, Tensor], owner_of: Callable[[str], int] = lambda name: 0
     ) -> dict[str, Tensor]:
-        """Those of `keys` that this rank is the owner of, whole; what is in parts is gathered, one at a time, onto the CPU.
+        """Those parameters that this rank is the owner of, whole; what is in parts is gathered, one at a time, onto the CPU.
 
-        `tensors` are by key what this rank holds; every rank gives the same `keys`.
+        `tensors` are by name this rank's blocks; every rank gives the same `names`.
         """
         found: dict[str, Tensor] = {}
-        n = self.ranks.n
-        for key in keys:
-            mine, tensor = owner_of(key) == self.ranks.team.rank, tensors.get(key)
-            if n.in_parts:
-                blocks = [self.block(key, i) for i in range(n.shard * n.tensor)]
-                tensor = self._joined(key, tensor, blocks)
+        for name in names:
+            mine, tensor = owner_of(name) == self.ranks.team.rank, tensors[name]
+            if self.ranks.n.in_parts:
+                tensor = self._joined(name, tensor)
                 tensor = tensor.cpu() if mine else tensor
             if mine:
-                assert tensor is not None
-                found[key] = tensor.detach()
+                found[name] = tensor.detach()
         return found
 
-    def _joined(self, key: str, tensor: Tensor | None, blocks: list[Block | None]) -> Tensor:
-        """A tensor put together from what each of those that hold one copy has of it; on each of them."""
-        layout, kind = self.layouts[key.partition(":")[0]], key.partition(":")[2]
-        if kind == "step":
-            assert tensor is not None
-            return tensor
-        device = self.local(key.partition(":")[0]).device
-        longest = max(math.prod(block[1]) for block in blocks if block is not None)
-        sent = torch.zeros(longest, device=device)
-        if tensor is not None:
-            flat = _local(tensor).reshape(-1)
-            sent[: flat.numel()] = flat
-        each = [torch.empty_like(sent) for _ in blocks]
+    def _joined(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter put together from what each of those that hold one copy has of it; on each of them."""
+        n = self.ranks.n
+        indices = [_index(self.block(name, holder)) for holder in range(n.shard * n.tensor)]
+        whole = torch.empty(self.layouts[name].shape, device=tensor.device)
+        longest = max(whole[index].numel() for index in indices)
+        sent = torch.zeros(longest, device=tensor.device)
+        sent[: tensor.numel()] = tensor.reshape(-1)
+        each = [torch.empty_like(sent) for _ in indices]
         distributed.all_gather(each, sent, group=self.ranks.holders)
-        whole = torch.empty(layout.shape, device=device)
-        for block, flat in zip(blocks, each, strict=True):
-            if block is not None:
-                whole[_index(block)] = flat[: math.prod(block[1])].view(block[1])
+        for index, flat in zip(indices, each, strict=True):
+            block = whole[index]
+            block.copy_(flat[: block.numel()].view(block.shape))
         return whole
 
     # An optimizer's way to them

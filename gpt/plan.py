@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from gpt import runtime
+from gpt import runtime, signals
 from gpt.config import Count, Duration, Settings
 from gpt.model import GPT, ModelConfig
 
@@ -97,10 +97,14 @@ def machine(config: TrainingConfig) -> tuple[str, str, int, str]:
     device = best if config.device == "auto" else config.device
     runtime.check_device(device)
     dtype, why = runtime.best_dtype(device) if config.dtype == "auto" else (config.dtype, "as set")
-    cores = max(1, runtime.n_cores() // runtime.local_world_size())
-    threads = cores if config.threads == "auto" else config.threads
+    threads = share_of_cores() if config.threads == "auto" else config.threads
     shown = name if device == best else "as set"
     return device, dtype, threads, f"{device} ({shown}), {dtype} ({why}), {threads} threads"
+
+
+def share_of_cores() -> int:
+    """Cores of this machine for each of the run's processes on it."""
+    return max(1, runtime.n_cores() // runtime.local_world_size())
 
 
 def fixed_steps(config: TrainingConfig) -> int | None:
@@ -138,11 +142,12 @@ def choose(
     elapsed: Callable[[], float],
     measure: Measure,
     note: Callable[[str], None],
+    missing: str | None = None,
 ) -> Choices:
     """Settle micro-batch, compilation and steps, measuring an update only where a choice depends on it.
 
     `extra(seconds per update)` are the seconds a step costs on average beside its update; `elapsed()` is what a
-    time budget has lost already.
+    time budget has lost already. `missing` is why nothing can be compiled here for a CPU, or None.
     """
     timed = config.time is not None
     compiled = config.compile if isinstance(config.compile, bool) else device.startswith("cuda")
@@ -151,7 +156,6 @@ def choose(
         if not timed:
             rows, seconds = _fitting(measure, rows, False, note)
         expected = config.time or seconds * (fixed_steps(config) or 0)
-        missing = runtime.compiler_missing()
         compiled = expected > COMPILE_PAYS_AFTER_S and missing is None
         why = missing or f"about {expected:.0f} s of training {'repay' if compiled else 'do not repay'} compiling"
         note(f"compile: {'yes' if compiled else 'no'} ({why})")
@@ -161,6 +165,8 @@ def choose(
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError) as error:
+            if signals.lost(error):  # no fault of the compiler's
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             note(f"compile: no, running eagerly (it failed: {reason})")
             compiled, seconds = False, 0.0

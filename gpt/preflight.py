@@ -106,9 +106,6 @@ class Preflight:
         assert choices is not None
         try:
             return settle.trial(config, choices, objective, loader, update, 1, 0.0, parts)[1]
-        except FloatingPointError:
-            objective.model.zero_grad(set_to_none=True)
-            return Optimizer(objective.model, config.optim, parts)
         except (MemoryError, torch.OutOfMemoryError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             less = "a smaller train.micro_batch, " if choices.micro_batch > 1 else ""

@@ -9,13 +9,14 @@ compute one batch together: heads, hidden columns and vocabulary divided, the re
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from itertools import islice
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +27,7 @@ from gpt.optim import Optimizer
 from gpt.team import Team
 
 Forward = Callable[..., Tensor]  # NextToken.forward's arguments
+PATIENCE_S = 600  # with a rank from which nothing is heard
 AXES = ("replicate", "shard", "tensor")
 T = TypeVar("T")
 
@@ -169,13 +171,12 @@ class Ranks:
         self.mesh: DeviceMesh | None = None
         self.holders: Any = None  # the group of those that hold one copy of the model together
         self._stopping = False
-        if self.n.in_parts:
-            self.mesh = init_device_mesh(device.partition(":")[0], tuple(self.n), mesh_dim_names=AXES)
-            size = self.n.shard * self.n.tensor
-            for first in range(0, self.team.size, size):
-                group = distributed.new_group(list(range(first, first + size)))
-                if first <= self.team.rank < first + size:
-                    self.holders = group
+        if self.n.in_parts:  # groups of torch's own making would wait as long as it likes
+            grid = torch.arange(self.team.size).view(*self.n)
+            along = [_together(grid.movedim(axis, -1).reshape(-1, n)) for axis, n in enumerate(self.n)]
+            kind = device.partition(":")[0]
+            self.mesh = DeviceMesh.from_group(along, kind, mesh=grid, mesh_dim_names=AXES)
+            self.holders = _together(grid.view(self.n.replicate, -1))
 
     @property
     def alone(self) -> bool:
@@ -229,6 +230,7 @@ class Ranks:
         """
         if self.canonical:
             return self._in_order(optimizer, n_micro, share)
+        assert n_micro % self.n.n_data == 0, (n_micro, self.n)
         each = n_micro // self.n.n_data
         first, total = self.place * each, None
         for i in range(first, first + each):
@@ -313,8 +315,17 @@ class Ranks:
                 yield told[place * self.n.tensor][1]
 
 
+def _together(sets: Tensor) -> Any:
+    """The group of the row of ranks that this one is in; all make those of all rows."""
+    group, _ = distributed.new_subgroups_by_enumeration(sets.tolist(), timeout=timedelta(seconds=PATIENCE_S))
+    return group
+
+
 def _coordinates(rank: int, n: Sizes) -> tuple[int, int, int]:
     return rank // (n.shard * n.tensor), rank // n.tensor % n.shard, rank % n.tensor
+
+
+ALONE = Ranks()  # one process
 
 
 def _held_back(forward: Forward, more: bool) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from gpt import config as settings
 from gpt import plan, runtime
-from gpt.checkpoint import ALONE, SETTINGS, load_state, verify
+from gpt.checkpoint import ALONE, OPTIMIZER, SETTINGS, load_state, verify
 from gpt.config import Settings
 from gpt.data import Loader
 from gpt.log import power
@@ -85,7 +85,7 @@ def trunk(source: str) -> Path:
     """The checkpoint that `branch_from` names; ValueError or FileNotFoundError where it names none, or not one for good."""
     which = source.rpartition("@")[2] if "@" in source and not Path(source).exists() else ""
     path, _ = resolve(source)
-    if not (path / MANIFEST).is_file() or not any(path.glob("optimizer-*.safetensors")):
+    if not (path / MANIFEST).is_file() or not any(OPTIMIZER.fullmatch(file.name) for file in path.iterdir()):
         raise ValueError(
             f"branch_from: {path} is not a checkpoint of a run, with the optimizer's state; a model is a start too, at step 0: "
             f"init_from={source}"
@@ -289,13 +289,14 @@ def told(was: Config, config: Config, origin: Origin, loader: Loader) -> Iterato
         yield f"  changed before: {change}"
     for key, old, new in settings.differences(was, config):
         if not _within(key, UNTOLD):
-            how = "" if kind(key) == "free" else f", from step {step + 1} on"
-            yield f"  changed: {key} {_shown(old)} -> {_shown(new)} ({'free' if kind(key) == 'free' else 'allowed'}{how})"
+            # What is of neither kind passed `continued` because it names the same: a reference, by its fingerprint.
+            how = f"allowed, from step {step + 1} on" if kind(key) == "by name" else "free"
+            yield f"  changed: {key} {_shown(old)} -> {_shown(new)} ({how})"
     if was.choices is not None and was.train.micro_batch == config.train.micro_batch:
         rows, dealt = was.choices.micro_batch, config.choices.micro_batch
         if rows != dealt:  # nobody asked for it
             yield f"  ranks: {dealt} rows a pass instead of {rows}, so that they share a batch equally; its bits may differ"
-    yield from _machine(config.choices)
+    yield from _machine(config)
     if step >= steps:
         yield f"  all {steps:,} steps are made; more: train.steps=N --allow train.steps"
         return
@@ -337,16 +338,27 @@ def _before_decay(config: Config, path: Path) -> int | None:
     return max(stable, default=None)
 
 
-def _machine(choices: Choices) -> Iterator[str]:
+def threads(config: Config) -> int:
+    """CPU threads that a run with choices goes on with: as chosen, or fewer where nobody asked and more ranks share the cores."""
+    chosen: int = config.choices.threads
+    if config.train.threads != "auto" or config.parallel.canonical or runtime.world_size() == 1:
+        return chosen
+    return min(chosen, plan.share_of_cores())
+
+
+def _machine(config: Config) -> Iterator[str]:
     """What of the machine is another than the one that the run began on."""
+    choices, now = config.choices, threads(config)
     facts = ((choices.torch, runtime.torch_version()), (choices.cpu, runtime.cpu_kind()))
     changed = [f"{was} -> {now}" for was, now in facts if was != now]
-    if choices.threads > runtime.n_cores():
-        changed.append(f"{choices.threads} threads as before, on {runtime.n_cores()} cores")
+    if now < choices.threads:
+        changed.append(f"{now} threads a rank instead of {choices.threads}, of {runtime.n_cores()} cores")
+    elif now > runtime.n_cores():
+        changed.append(f"{now} threads as before, on {runtime.n_cores()} cores")
     if changed:
         yield f"  machine: {'; '.join(changed)}: the run goes on, its bits may differ"
     else:
-        yield f"  machine: as it was ({choices.torch}, {choices.cpu}, {choices.threads} threads)"
+        yield f"  machine: as it was ({choices.torch}, {choices.cpu}, {now} threads)"
 
 
 def _shown(value: Any) -> str:

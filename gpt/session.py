@@ -1,6 +1,7 @@
 """Session: one run at work. What is due at a step (update, report, save, evaluation, sample) is a method; `trainer` says when."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gpt import adapters, doctor, durable, families, hf, plan, resume, runtime, settle, signals
 from gpt import config as settings
-from gpt.checkpoint import ADAPTER, Checkpoints, load_state, owners
+from gpt.checkpoint import ADAPTER_WEIGHTS, Checkpoints, load_state, owners
 from gpt.data import Batch, Data, Loader, Window, merged, numbered
 from gpt.doctor import Doctor, Finding
 from gpt.evaluate import Evaluation, Preferred, evaluate, prefer, views
@@ -162,14 +163,17 @@ class Session:
             raise error
         self.writer.wait()
         step = self.at
-        saved, whole = self.team.told([self._anchor(step), step in self.saves.steps()])
+        saved, whole = self.team.told([self._anchor(step), step == 0 or step in self.saves.steps()])
         first, last = self.loader.number(saved + 1), self.loader.number(step)
+        limits = self._limits(step)  # all ask here: whoever tells of the error is one of them
         if whole or self.config.numbers.on_bad != "rollback" or not self.judge.may_go_on(last):
             if isinstance(error, Examined | Elsewhere):
                 raise error
             lower = f"name=NEW branch_from={self.run.path}@STEP optim.lr={self.config.optim.lr / 3:.2g}"
             advice = f"{lower}, from a checkpoint before it" if whole else "numbers.on_bad=rollback"
-            raise FloatingPointError(f"{error}\nset: {advice}\n{self._limits(step)}") from None
+            if not step:  # no update was made yet
+                advice = "train.dtype=float32, or init_from=MODEL, another one"
+            raise FloatingPointError(f"{error}\nset: {advice}\n{limits}") from None
         with self.watch.patient():
             self._roll_back(error, saved, first, last)
         return saved
@@ -183,10 +187,11 @@ class Session:
         state = self.restore()
         assert state.step == saved, (state.step, saved)
         self.judge, self.loader.skipped = kept(self.run, self.config, state)
-        if self.team.first:
-            self.log.sync()
-            self.run.truncate_metrics(saved)
-        self.log.reopen()
+        with self.team.together():
+            if self.team.first:
+                self.log.sync()
+                self.run.truncate_metrics(saved)
+                self.log.reopen()
         self._remember()
         self.log.note(f"{error}\nrolled back to step {saved}; batches {first} to {last} are left out from now on")
 
@@ -275,13 +280,21 @@ class Session:
             self.stop(step)
 
     def stop(self, step: int) -> NoReturn:
-        """Save `step` and raise signals.Stopped."""
+        """Save `step` and raise signals.Stopped.
+
+        The status says so before any rank goes: a launcher ends the others when the first has left.
+        """
         if step:
             with self.watch.saving():
                 self.save(step)
                 self.writer.wait()
         asked = next(filter(None, self.team.gather(signals.stop_requested())), "request")
-        raise signals.Stopped(f"stopped by {asked} at step {step}; the same command continues from there")
+        reason = f"stopped by {asked} at step {step}; the same command continues from there"
+        if self.team.first:
+            with suppress(OSError):  # as where a run's end is recorded
+                self.run.status("preempted", max(self.saves.steps(), default=0), reason, signals.PREEMPTED)
+        self.team.gather(None)
+        raise signals.Stopped(reason)
 
     def _evaluate(self, step: int) -> None:
         config, choices = self.config, self.choices
@@ -345,7 +358,7 @@ def contents(
     if config.adapter is not None and base is not None:
         files = hf.adapter_files(model, data.tokenizer, config.adapter, base)
         weights = portion(adapters.to_peft(model), most) if team.first else {}
-        return told | {"model_files": files, "weights": weights, "weights_file": ADAPTER}
+        return told | {"model_files": files, "weights": weights, "weights_file": ADAPTER_WEIGHTS}
     places = hf.places(model.config, model.state_dict())
     sizes = {disk: sum(parts.n_bytes(name) for name in place.memory) for disk, place in places.items()}
     sizes = within(sizes, most)

@@ -112,6 +112,8 @@ def _check_ranks(given: TrainConfig, n: Sizes, world: int) -> None:
     device = runtime.best_device()[0] if given.train.device == "auto" else given.train.device
     if given.parallel.canonical and device != "cpu":
         raise ValueError(f"parallel.canonical repeats bytes on the CPU alone, this is {device}: set train.device=cpu")
+    if world > 1 and device == "mps":
+        raise ValueError(f"{world} ranks cannot compute on one Apple GPU: start one process, or set train.device=cpu")
     if world > 1 and ":" in device:
         raise ValueError(
             f"train.device ({device}) is one of several, and {world} ranks take one each: set train.device=cuda"
@@ -151,7 +153,6 @@ def agree(
             config = resume.continued(stored, asked, origin, allow, run.path, unused(given.name))
         else:
             config = resume.branched(trunk, asked, origin)
-        config = config.model_copy(update={"choices": _dealt(config, config.choices)})
     elif source is not None:
         config = given.model_copy(update={"model": _source_shape(given, source)})
     else:
@@ -160,6 +161,7 @@ def agree(
         config = given.model_copy(update={"model": model})
     if before is None:  # the settings of a run that changed some on its way are another run's from its first step
         config = config.model_copy(update={"history": ()})
+    config = _dealt(config)
     assert config.model.max_seq_len is not None
     if config.data.seq_len > config.model.max_seq_len:
         raise ValueError(
@@ -174,13 +176,16 @@ def agree(
     return config
 
 
-def _dealt(config: TrainConfig, choices: Choices | None) -> Choices | None:
-    """The choices of a run that other ranks may continue: its micro-batch, or what of it divides the rows of each."""
-    n_data = sizes(config.parallel, runtime.world_size()).n_data
+def _dealt(config: TrainConfig) -> TrainConfig:
+    """The settings with choices that these ranks can obey: of a micro-batch what divides the rows of each."""
+    choices, n_data = config.choices, sizes(config.parallel, runtime.world_size()).n_data
     if choices is None or config.parallel.canonical or n_data == 1:
-        return choices
-    each = rows(config) // n_data
-    return choices.model_copy(update={"micro_batch": math.gcd(choices.micro_batch, each)})
+        return config
+    chosen, train = choices.micro_batch, config.train
+    each = math.gcd(chosen, rows(config) // n_data)
+    if train.micro_batch == chosen:  # what was asked for then, and is not now
+        train = train.model_copy(update={"micro_batch": each})
+    return config.model_copy(update={"choices": choices.model_copy(update={"micro_batch": each}), "train": train})
 
 
 def _check_prompts(config: TrainConfig, data: Data) -> None:
@@ -314,11 +319,7 @@ def build(config: TrainConfig, source: GPT | None, say: Say, *, in_parts: bool =
     """
     device, dtype, threads, why = machine(config)
     if (choices := config.choices) is not None:
-        device, dtype, threads = choices.device, choices.dtype, choices.threads
-        if (
-            runtime.world_size() > 1 and not config.parallel.canonical
-        ):  # there may have been fewer ranks to share the cores
-            threads = min(threads, max(1, runtime.n_cores() // runtime.local_world_size()))
+        device, dtype, threads = choices.device, choices.dtype, resume.threads(config)
         why = f"{device}, {dtype}, {threads} threads (as the run was started)"
         try:
             runtime.check_device(device)
@@ -483,7 +484,8 @@ def trial(
 ) -> tuple[float, Optimizer]:
     """Seconds of an update, and the optimizer that made at least `n` of them for `enough_s` seconds; the weights moved.
 
-    torch.OutOfMemoryError where memory is short; of several ranks MemoryError, which nobody answers with another try.
+    An update of bad numbers is not made, as far as this goes: the run itself will meet them. torch.OutOfMemoryError where
+    memory is short; of several ranks an error that nobody answers with another try, as that would meet the others amid theirs.
     """
     # Speed does not depend on the learning rate, and without a warm-up a full one might not stay finite.
     still = config.model_copy(update={"schedule": ScheduleConfig(kind="constant", warmup=1e12)})
@@ -497,18 +499,28 @@ def trial(
         step += 1
         try:
             update(forward, optimizer, loader.batch(step), still, choices, step, ranks)
-        except RuntimeError as error:  # CPUs say in words only that memory is short
-            if signals.exit_code(error) == signals.NO_SPACE and not ranks.alone:  # the others are amid the update
-                raise MemoryError(
-                    f"{error}; ranks cannot look for what fits: set a smaller train.micro_batch"
-                ) from None
-            if signals.exit_code(error) == signals.NO_SPACE:
-                raise torch.OutOfMemoryError(str(error)) from None
+        except FloatingPointError:
+            optimizer.drop()
+        except (RuntimeError, ImportError) as error:
+            if (meant := _meant(error, choices, ranks)) is not None:
+                raise meant from error
             raise
         runtime.synchronize(choices.device)
         if step == 1:  # it warms up, or compiles
             start = time.perf_counter()
     return (time.perf_counter() - start) / max(1, step - 1), optimizer
+
+
+def _meant(error: Exception, choices: Choices, ranks: Ranks) -> Exception | None:
+    """What an error of an update that is tried stands for; None: for itself."""
+    if signals.exit_code(error) == signals.NO_SPACE:  # CPUs say in words only that memory is short
+        if ranks.alone:
+            return torch.OutOfMemoryError(str(error))
+        return MemoryError(f"{error}; ranks cannot look for what fits: set a smaller train.micro_batch")
+    if choices.compile and not ranks.alone and not signals.lost(error):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return ValueError(f"compiling failed ({reason}): ranks cannot fall back alone, set train.compile=false")
+    return None
 
 
 def _report(data: Data, loader: Loader, steps: int, say: Say) -> None:
@@ -551,9 +563,9 @@ def _choose(
     """
     device, dtype, threads, _ = machine(config)
     model, attention, ranks = objective.model, "dense", parts.ranks
-    told = ranks.team.told
+    told, dtype = ranks.team.told, ranks.team.told(dtype)
     if config.data.document_mask:
-        attention, why = parallel.document_kernel(model)
+        attention, why = _kernel(model, ranks)
         say(f"attention inside documents: {why}")
 
     def measure(micro_batch: int, compile: bool) -> float:
@@ -597,7 +609,17 @@ def _choose(
         elapsed=lambda: told(elapsed()),
         measure=measure,
         note=say,
+        missing=next(filter(None, ranks.team.gather(runtime.compiler_missing())), None),
     )
+
+
+def _kernel(model: GPT, ranks: Ranks) -> tuple[str, str]:
+    """`parallel.document_kernel` that works on every rank, and why."""
+    found = ranks.team.gather(parallel.document_kernel(model))
+    kernel, why = next((each for each in found if each[0] == "dense"), found[0])
+    if kernel == "dense":
+        model.model.flex = None
+    return kernel, why
 
 
 def rows(config: TrainConfig) -> int:

@@ -54,6 +54,14 @@ def content(file: Path) -> bytes:
     return file.read_bytes()
 
 
+def text(file: Path, encoding: str = "utf-8") -> str:
+    """`content` as text; with the encoding utf-8-sig without the mark that some editors begin a file with."""
+    try:
+        return content(file).decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error})") from None
+
+
 def check(raw: Mapping[str, Any], trusted: Collection[str]) -> None:
     """ValueError in words unless the content of a tokenizer.json is made of known parts within the limits above.
 
@@ -103,7 +111,10 @@ def _check_chain(kind: str, part: Any, trusted: Collection[str]) -> None:
         _check_values({key: value for key, value in step.items() if key != "precompiled_charsmap"}, f"{kind} {name}")
         if name == "Precompiled":
             _check_precompiled(step.get("precompiled_charsmap"))
-        growth *= max(1, len(step.get("content") or "")) if name == "Replace" else 1
+        if name == "Replace":
+            if not isinstance(content := step.get("content"), str):
+                _refuse(f"{kind} Replace puts in what is no text")
+            growth *= max(1, len(content))
         if growth > MAX_GROWTH:
             _refuse(f"its {kind} makes a text more than {MAX_GROWTH} times as long")
         pattern = step.get("pattern")

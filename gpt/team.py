@@ -6,8 +6,10 @@ Words travel as JSON through gloo, on CPUs, whatever carries the gradients: torc
 import hashlib
 import json
 import secrets
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +21,7 @@ from torch import distributed
 from gpt import runtime, signals
 
 STORE_S = 5.0  # that a word in the store may take
+POLL_S = 0.02  # between two looks for the other ranks
 
 
 class Elsewhere(Exception):
@@ -52,11 +55,11 @@ class Team:
         patience, cuda = timedelta(seconds=patience_s), device.startswith("cuda")
         if device == "cuda":
             torch.cuda.set_device(runtime.local_rank())
-        store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
+        signals.end_at_once()
+        store, rank, size = _met(patience)
         fresh = distributed.PrefixStore(_agreed(store, rank, size, patience_s), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         distributed.init_process_group(backend, timeout=patience, store=fresh, rank=rank, world_size=size)
-        signals.end_at_once()
         team, failed = cls(rank, size, distributed.group.WORLD), False
         try:
             yield team
@@ -111,7 +114,12 @@ class Team:
         except BaseException as raised:
             error = raised
         told = None if error is None else [str(error) or type(error).__name__, signals.exit_code(error)]
-        said = self.gather(told)
+        try:
+            said = self.gather(told)
+        except Exception as gone:
+            if error is not None:  # what others do not hear any more is still what happened here
+                raise error from gone
+            raise
         if error is not None:
             raise error
         for rank, each in enumerate(said):
@@ -129,27 +137,46 @@ def _told_already(store: Any, error: BaseException) -> bool:
         return False
 
 
+def _met(patience: timedelta) -> tuple[Any, int, int]:
+    """(the store of all ranks, this one's number, how many there are). Stopped if asked to: torch waits for the others where
+    no signal is heard, so a thread does that, and ends with the process.
+    """
+    met: Future[tuple[Any, int, int]] = Future()
+
+    def meet() -> None:
+        try:
+            met.set_result(next(distributed.rendezvous("env://", timeout=patience)))
+        except Exception as error:
+            met.set_exception(error)
+
+    threading.Thread(target=meet, daemon=True).start()
+    while not wait([met], POLL_S).done:
+        signals.check()
+    return met.result()
+
+
 def _agreed(store: Any, rank: int, size: int, patience_s: float) -> str:
     """A word that the ranks of this attempt share, and no rank of an attempt before: torchrun gives restarted ranks the store
     of those that died, where gloo would find addresses at which nobody listens any more.
 
-    Rank 0 says whom it sees until each has said that it is seen. Elsewhere if they do not come.
+    Rank 0 says whom it sees until each has said that it is seen. Elsewhere if they do not come, Stopped if asked to.
     """
     until, own, word = time.monotonic() + patience_s, secrets.token_hex(8), secrets.token_hex(8)
     store.set(f"here/{rank}", own)
     while time.monotonic() < until:
-        if rank == 0:
-            present = [store.get(f"here/{i}").decode() for i in range(size)]  # waits for those that never were
+        signals.check()
+        if rank == 0 and store.check([f"here/{i}" for i in range(size)]):
+            present = [store.get(f"here/{i}").decode() for i in range(size)]
             store.set("present", json.dumps([word, *present]))
             seen = [store.get(f"seen/{i}").decode() if store.check([f"seen/{i}"]) else "" for i in range(1, size)]
             if seen == [word] * (size - 1):
                 return word
-        elif store.check(["present"]):
+        elif rank and store.check(["present"]):
             said, *present = json.loads(store.get("present"))
             if present[rank] == own:
                 store.set(f"seen/{rank}", said)
                 return str(said)
-        time.sleep(0.02)
+        time.sleep(POLL_S)
     raise Elsewhere(
         f"the other ranks did not come within {patience_s:g} s: was torchrun started for all {size}?", signals.STUCK
     )

@@ -109,7 +109,7 @@ class Tokenizer:
                 durable.plain(each)
         config = _read_json(beside) if beside.is_file() else {}
         if (template := file.with_name("chat_template.jinja")).is_file():  # where newer directories keep it
-            config.setdefault("chat_template", _text(template))
+            config.setdefault("chat_template", sieve.text(template))
         if not vocabularies.is_one(file, rules):
             return cls(_read_json(file), config, str(file))
         raw, own = vocabularies.read(file, rules)
@@ -489,16 +489,9 @@ def _find(path: Path) -> tuple[Path, str | None]:
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        return sieve.content(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(_text(path))
+        data = json.loads(sieve.text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); a tokenizer comes as a tokenizer.json") from None
     if not isinstance(data, dict):

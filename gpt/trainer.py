@@ -21,13 +21,12 @@ from gpt.checkpoint import Checkpoints, load_optimizer, load_state
 from gpt.data import Batch, Data, Loader, open_data, prefetched
 from gpt.judge import Check, finite
 from gpt.log import WATCHER_GONE, Log, Silence, duration
-from gpt.loss import n_terms
-from gpt.model import GPT
+from gpt.loss import Objective, n_terms
 from gpt.optim import Optimizer
 from gpt.parts import Parts
 from gpt.plan import Choices
 from gpt.preflight import Preflight
-from gpt.ranks import AXES, Forward, Ranks, sizes
+from gpt.ranks import ALONE, AXES, PATIENCE_S, Forward, Ranks, sizes
 from gpt.run import RunDirectory
 from gpt.saving import Writer
 from gpt.schedule import due, factor
@@ -36,12 +35,8 @@ from gpt.settle import RUNS, TrainConfig
 from gpt.team import Elsewhere, Team
 from gpt.watchdog import Watchdog
 
-PATIENCE_S = 600  # with a rank from which nothing is heard
-LOOK = 0.8  # of that, after which a silent rank writes down where it stands
+LOOK = 0.8  # of PATIENCE_S, after which a silent rank writes down where it stands
 Status = Callable[[str, str, int | None], None]  # state, reason, exit code
-
-
-ALONE = Ranks()  # one process
 
 
 def update(
@@ -179,7 +174,7 @@ def _train(
                 config, objective, source, first, data, loader, update, elapsed, say, parts, rehearse
             )
             assert config.choices is not None
-            optimizer, restore = _restored(config, model, parts, origin, saves, fill)
+            optimizer, restore = _restored(config, objective, parts, origin, saves, fill)
             if origin.path is not None:
                 resume.report(given, run.config_path, config, origin, loader, say)
             ranks.check()
@@ -200,18 +195,19 @@ def _train(
 
 def _restored(
     config: TrainConfig,
-    model: GPT,
+    objective: Objective,
     parts: Parts,
     origin: resume.Origin,
     saves: Checkpoints,
     fill: Callable[[Path | None], None],
 ) -> tuple[Optimizer, Callable[[], State]]:
     """(the optimizer as it was at `origin`, what gives it and the model what the latest checkpoint holds)."""
-    optimizer = Optimizer(model, config.optim, parts)
+    optimizer = Optimizer(objective.model, config.optim, parts)
     if origin.path is not None:
         optimizer.load_state(load_optimizer(origin.path, parts.wanted))
 
     def restore() -> State:
+        parallel.resharded(objective)
         latest = saves.latest(parts.ranks.team)
         fill(latest)
         optimizer.reset()
@@ -240,6 +236,8 @@ def _agreed(run: RunDirectory, config: TrainConfig, step: int, team: Team) -> No
         if team.first:
             durable.write_file(run.config_path, settings.dump(config).encode())
             run.truncate_metrics(step)
+            if not run.metrics_path.exists():
+                durable.write_file(run.metrics_path, b"")  # its name too is on the disk before a line is
 
 
 def _logged(run: RunDirectory, config: TrainConfig, console: Console, team: Team) -> Log:

@@ -216,7 +216,7 @@ def _gpt2(directory: Path) -> tuple[Raw, Raw]:
 
 
 def _merges(file: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(sieve.text(file, "utf-8-sig").split("\n"), start=1):
         if line.startswith("#version") or not line.strip():
             continue
         parts = line.rstrip("\r").split(" ")
@@ -225,16 +225,9 @@ def _merges(file: Path) -> Iterator[tuple[str, str]]:
         yield parts[0], parts[1]
 
 
-def _text(file: Path) -> str:
-    try:
-        return sieve.content(file).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error})") from None
-
-
 def _json(file: Path) -> Raw:
     try:
-        value = json.loads(_text(file))
+        value = json.loads(sieve.text(file, "utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is not JSON ({error}); cut off?") from None
     if not isinstance(value, dict):

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gpt import signals
+from gpt import durable, signals
 
 PATIENCE = 4  # times the limit: how long may take what is known to be long, as a compilation or a save
 TICK_S = 1.0
@@ -107,7 +107,7 @@ class Watchdog:
                 self._end(f"hung: nothing happened for {silent_s:.0f} s")
 
     def _write(self, reason: str) -> None:
-        with suppress(OSError), self._stacks.open("w") as file:
+        with suppress(OSError), open(self._stacks, "w", opener=durable.unfollowed) as file:
             file.write(f"{reason}\n")
             file.flush()
             faulthandler.dump_traceback(file)

@@ -1,5 +1,7 @@
 """Small shared beginnings: models with visible weights, random tokens, and data sets of any shape held in memory."""
 
+import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from rich.console import Console
+from runs import prepared
 from safetensors.torch import save_file
 from tiny import SETTINGS, write_characters
 from torch import Tensor
 
-from gpt import chat, hf
+from gpt import chat, hf, prepare
 from gpt import tokenizer as tokenizers
 from gpt.conversations import Conversation
 from gpt.model import GPT, ModelConfig, init_weights
@@ -158,3 +162,46 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     Path("tiny.yaml").write_text(SETTINGS)
     yield tmp_path
     torch.use_deterministic_algorithms(False)
+
+
+GRAMMAR = """
+name: tiny
+data: {path: data/tiny, seq_len: 32}
+model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}
+train: {steps: 12, batch_tokens: 256, micro_batch: 4, compile: false, threads: 1}
+optim: {kind: muon, lr: 0.02}
+eval: {every: 4, tokens: 2000}
+checkpoint: {every: 4, keep: 2}
+log: {every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def grammar_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared set of 200 short documents of a small grammar."""
+    root = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(1)
+    words = ["the cat", "a dog", "my bird", "sees", "hears", "likes", "the sun", "a tree", "the rain", "today", "never"]
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=30)) + "."}) for _ in range(200)]
+    (root / "text.jsonl").write_text("\n".join(lines))
+    (root / "tiny.yaml").write_text("input: [text.jsonl]\nvocab_size: 300\n")
+    recipe = prepare.load_recipe(root / "tiny.yaml", [f"input={root / 'text.jsonl'}"])
+    prepare.prepare(recipe, root / "tiny", console=Console(quiet=True))
+    return root / "tiny"
+
+
+@pytest.fixture
+def grammar(grammar_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory where data/tiny is the prepared set."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tiny").symlink_to(grammar_set)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(GRAMMAR)
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a prepared set, data/small."""
+    return prepared(tmp_path_factory.mktemp("train") / "home")

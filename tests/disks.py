@@ -60,13 +60,20 @@ def begun(home: Path, name: str) -> Path:
 
 
 FILLER = """
-import glob, os, sys, time
+import errno, glob, os, sys, time
 run, ballast, left = sys.argv[1:]
 while not glob.glob(f"{run}/checkpoints/step_*/manifest.json"):
     time.sleep(0.01)
-free = os.statvfs(os.path.dirname(ballast))
 with open(ballast, "wb") as file:
-    os.posix_fallocate(file.fileno(), 0, max(4096, free.f_bavail * free.f_frsize - int(left)))
+    while True:
+        free = os.statvfs(os.path.dirname(ballast))
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(4096, free.f_bavail * free.f_frsize - int(left)))
+            break
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            time.sleep(0.001)  # the run took a page meanwhile
 """
 LIMITED = """
 import os, resource, sys

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import limits
 import numpy as np
 from proving import Row
 
@@ -303,21 +303,25 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _read_checkpoint(path: Path) -> Any:
+    from teams import load_weights
+
     from gpt import checkpoint
 
     step = path / "step"
     checkpoint.verify(step)
-    loaded = (checkpoint.load_weights(step), checkpoint.load_optimizer(step))
+    loaded = (load_weights(step), checkpoint.load_optimizer(step))
     return [checkpoint.load_state(step), [{k: (str(v.dtype), v.tolist()) for k, v in each.items()} for each in loaded]]
 
 
 def _read_tensors(path: Path) -> Any:
     """A file of tensors that no manifest covers: both readers of it."""
-    from gpt import checkpoint, tensors
+    from teams import load_weights
+
+    from gpt import tensors
 
     file = path / "step" / "model.safetensors"
     failures: list[Exception] = []
-    for read in (lambda: checkpoint.load_weights(path / "step"), lambda: dict(tensors.read(tensors.stored(file)))):
+    for read in (lambda: load_weights(path / "step"), lambda: dict(tensors.read(tensors.stored(file)))):
         try:
             read()
         except ValueError as error:
@@ -381,10 +385,10 @@ def tokenizer_files() -> list[dict[str, Any]]:
 
     ours = [dict(tokenizer.train([TEXT * 3], kind, None).raw) for kind in ("bpe", "word")]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": 0, "content": "<s>", **special}]
-    words = ["<s>", "[UNK]", "▁the", "▁", *"abcdefghijklmnopqrstuvwxyz", "##a", "##e", "th"]
+    words = ["[UNK]", "▁the", "▁", *"abcdefghijklmnopqrstuvwxyz", "##a", "##e", "th"]
+    added = [{"id": len(words), "content": "<s>", **special}]
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    unigram = {"type": "Unigram", "unk_id": 1, "vocab": [[word, -float(i)] for i, word in enumerate(words)]}
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [[word, -float(i)] for i, word in enumerate(words)]}
     pieces = {
         "type": "WordPiece",
         "unk_token": "[UNK]",
@@ -437,10 +441,12 @@ def _tokenizer(path: Path) -> list[Path]:
 
 
 def _read_tokenizers(path: Path) -> Any:
+    """The one that is damaged, or all, where none is."""
     from gpt.tokenizer import Tokenizer
 
     texts = [TEXT, "", "a" * 3000, " " * 3000, "<s><|endoftext|>", "\0\n\n  \t x🐙\u0301" * 50]
-    for directory in sorted(each for each in path.iterdir() if (each / ".changed").exists()):
+    every = sorted(path.iterdir())
+    for directory in [each for each in every if (each / ".changed").exists()] or every:
         loaded = Tokenizer.load(directory)
         for text in texts:
             ids = loaded.encode(text)
@@ -572,11 +578,17 @@ class Prepared:
         self.whole = {file: file.read_bytes() for file in self.files}
         self.before = self.kind.load(directory)
 
-    def fault(self, number: int) -> str | None:
-        """What is wrong with how mutant `number` ends, None if it ends well."""
+    def mutant(self, number: int) -> tuple[Path, bytes]:
+        """The file that is damaged, and what it holds then: never what it held before."""
         rng = random.Random(f"{self.name} {number}")
         file = rng.choice(list(self.files))
-        data = self.files[file](rng, self.whole[file])
+        while (data := self.files[file](rng, self.whole[file])) == self.whole[file]:
+            pass
+        return file, data
+
+    def fault(self, number: int) -> str | None:
+        """What is wrong with how mutant `number` ends, None if it ends well."""
+        file, data = self.mutant(number)
         mark = file.with_name(".changed")
         file.write_bytes(data)
         mark.touch()
@@ -588,7 +600,7 @@ class Prepared:
             words = str(error)
             if not words or type(error).__name__ in words[:40] or "Traceback" in words:
                 return f"{type(error).__name__} without words: {words[:200]!r}"
-            if not any(name in words for name in (file.name, file.parent.name)):
+            if not any(name in words for name in (file.name, str(file.parent))):
                 return f"an error that does not name its file: {words[:200]}"
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -602,7 +614,7 @@ class Prepared:
 def _child(jobs: list[tuple[str, int, int]], directory: Path) -> None:
     """Try mutants; `now` holds the one that is being tried, and a line of JSON goes out for each that ends badly."""
     now = os.open(directory / "now", os.O_WRONLY | os.O_CREAT, 0o600)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    size = limits.address_space()
     for number, (name, first, count) in enumerate(jobs):
         place = directory / f"{os.getpid()}-{number}"
         place.mkdir()
@@ -610,15 +622,11 @@ def _child(jobs: list[tuple[str, int, int]], directory: Path) -> None:
         if number == 0:
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)
-            resource.setrlimit(resource.RLIMIT_AS, (size + 2 * MEMORY, size + 2 * MEMORY))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            limits.limit_memory(size + 2 * MEMORY)
         for at in range(first, first + count):
             os.pwrite(now, f"{number} {at} ".ljust(40).encode(), 0)
-            signal.setitimer(signal.ITIMER_PROF, CPU_S)
-            signal.setitimer(signal.ITIMER_REAL, WALL_S)
-            found = prepared.fault(at)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            with limits.timed(CPU_S, WALL_S):
+                found = prepared.fault(at)
             if found is not None:
                 print(json.dumps([name, at, found]), flush=True)
     os.pwrite(now, b"done".ljust(40), 0)

@@ -17,9 +17,7 @@ import json
 import marshal
 import os
 import pickle
-import resource
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -34,6 +32,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
+import limits
 from proving import Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,9 +72,7 @@ class Runs:
             return os.system, (command(),)
         if self.how == "popen":
             return subprocess.Popen, (["touch", "RAN"],)
-        if self.how == "eval":
-            return eval, (python(),)
-        return getattr, (os, "environ")
+        return eval, (python(),)
 
 
 # The watch
@@ -393,10 +390,13 @@ def _bases(path: Path) -> None:
     (path / "bins" / "meta.json").write_text(json.dumps({"vocab_size": 3, "stoi": {"a": 0, "b": 1, "c": 2}}))
 
 
-def _seal(step: Path) -> None:
-    """Make the manifest of a spoiled checkpoint right again."""
+def _seal(path: Path, name: str) -> None:
+    """Make the manifest of a checkpoint right again whose file `name` was spoiled, unless that is the manifest itself."""
     import hashlib
 
+    if not name.startswith(STEP + "/") or name.endswith("/manifest.json"):
+        return
+    step = path / STEP
     files = {
         f.name: hashlib.sha256(f.read_bytes()).hexdigest()
         for f in step.iterdir()
@@ -412,8 +412,7 @@ def _write(name: str, data: bytes | str) -> Callable[[Path], object]:
     def build(path: Path) -> None:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
-        if name.startswith(STEP):
-            _seal(path / STEP)
+        _seal(path, name)
 
     return build
 
@@ -438,9 +437,10 @@ def _link(name: str, target: str) -> Callable[[Path], object]:
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
         place.unlink(missing_ok=True)
-        place.symlink_to(target if target.startswith("/") else path.parent / SECRET / target)
-        if name.startswith(STEP + "/"):
-            _seal(path / STEP)
+        secret = path.parent / SECRET / target
+        assert secret.exists(), f"{SECRET} holds no {target}: a link that leads nowhere tries nothing"
+        place.symlink_to(secret)
+        _seal(path, name)
 
     return build
 
@@ -727,7 +727,7 @@ def models() -> Iterator[Canary]:
         "experts": {"experts_implementation": evil},
     }
     for name, change in configs.items():
-        code = _write(f"model/{MODULE}.py", (Path(__file__).read_text()[:0] + "open('RAN', 'w')\n"))
+        code = _write(f"model/{MODULE}.py", "open('RAN', 'w')\n")
         yield Canary("config.json", name, _then(code, _json("model/config.json", _merged(**change))), _model)
     names = [
         f"../../{SECRET}/model.safetensors",
@@ -749,15 +749,12 @@ def models() -> Iterator[Canary]:
         index = json.dumps({"weight_map": {"model.norm.weight": name}})
         build = _then(_removed("model/model.safetensors"), _write("model/model.safetensors.index.json", index))
         yield Canary("index of weights", repr(name), build, _model)
-    for name in (
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "vocab.json",
-    ):
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         yield Canary("link", f"model/{name}", _link(f"model/{name}", name), _model)
+    alone = _then(
+        _removed("model/tokenizer.json"), _write("model/merges.txt", ""), _link("model/vocab.json", "vocab.json")
+    )
+    yield Canary("link", "model/vocab.json", alone, _model)
     header: dict[str, dict[str, Any]] = {
         "metadata that runs": {"__metadata__": {"format": "pickle", "x": f"__import__('os').system('{command()}')"}},
         "a tensor called by a path": {"../../x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
@@ -902,12 +899,7 @@ def runs() -> Iterator[Canary]:
         change = _json(
             f"{STEP}/manifest.json", lambda before, name=name: before | {"sha256": before["sha256"] | {name: "0" * 64}}
         )
-        yield Canary(
-            "checkpoint",
-            f"manifest names {name!r}",
-            lambda path, change=change: (change(path), None),
-            _broken_seal(change),
-        )
+        yield Canary("checkpoint", f"manifest names {name!r}", change, _run)
     for name in ("manifest.json", "state.json", "model.safetensors", "tokenizer.json"):
         yield Canary("link", f"checkpoint {name}", _link(f"{STEP}/{name}", name), _run)
     for name, target in (
@@ -963,18 +955,6 @@ def runs() -> Iterator[Canary]:
     yield Canary("pipe", "train.bin", _pipe("bins/train.bin"), _bins)
     yield Canary("pipe", "model.safetensors", _pipe("model/model.safetensors"), _model)
     yield Canary("pipe", "tokenizer.json", _pipe("model/tokenizer.json"), _model)
-
-
-def _broken_seal(change: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Open a run whose manifest was changed last: nothing seals it again behind that."""
-
-    def opened(path: Path) -> object:
-        step = path / STEP
-        told = json.loads((step / "manifest.json").read_bytes())
-        assert told["sha256"]
-        return _run(path)
-
-    return opened
 
 
 def _wandb(path: Path) -> object:
@@ -1181,26 +1161,29 @@ def hubs() -> Iterator[Canary]:
 
 
 def environments() -> Iterator[Canary]:
-    """What another process left in the environment, read by the verb's own start."""
-    values = {
-        "RANK": f"__import__('os').system('{command()}')",
-        "WORLD_SIZE": "1; touch RAN",
-        "LOCAL_RANK": "$(touch RAN)",
-        "XDG_CACHE_HOME": "\nx",
-        "NO_COLOR": "{{ 7 * 7 }}",
-        "COLUMNS": f"__import__('{MODULE}')",
+    """What another process left in the environment, each as what reads it does."""
+    from rich.console import Console
+
+    from gpt import runtime
+
+    run = f"__import__('os').system('{command()}')"
+    readers: dict[str, tuple[str, Callable[[], object]]] = {
+        "RANK": (run, runtime.rank),
+        "WORLD_SIZE": ("1; touch RAN", runtime.world_size),
+        "LOCAL_RANK": ("$(touch RAN)", runtime.local_rank),
+        "SLURM_JOB_END_TIME": (run, runtime.job_ends_at),
+        "NO_COLOR": ("{{ 7 * 7 }}", lambda: Console().no_color),
+        "COLUMNS": (f"__import__('{MODULE}')", lambda: Console().width),
     }
 
-    def opened(name: str, value: str) -> Callable[[Path], object]:
+    def opened(name: str, value: str, read: Callable[[], object]) -> Callable[[Path], object]:
         def start(path: Path) -> object:
-            from gpt import runtime, signals
-
             before = os.environ.get(name)
             at, WATCH.at = WATCH.at, ""
             os.environ[name] = value
             WATCH.at = at
             try:
-                return runtime.world_size() if hasattr(runtime, "world_size") else None, signals.stop_requested()
+                return read()
             finally:
                 at, WATCH.at = WATCH.at, ""
                 os.environ.pop(name)
@@ -1210,8 +1193,8 @@ def environments() -> Iterator[Canary]:
 
         return start
 
-    for name, value in values.items():
-        yield Canary("environment", name, lambda path: None, opened(name, value))
+    for name, (value, read) in readers.items():
+        yield Canary("environment", name, lambda path: None, opened(name, value, read))
 
 
 def canaries() -> list[Canary]:
@@ -1280,27 +1263,23 @@ def _tried(canary: Canary, path: Path) -> tuple[list[str], str]:
     canary.build(path)
     os.chdir(path)
     ended = "loaded"
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)
-    signal.setitimer(signal.ITIMER_REAL, WALL_S)
-    WATCH.at = str(path)
     try:
-        canary.open(path)
+        with limits.timed(CPU_S, WALL_S):
+            WATCH.at = str(path)
+            try:
+                canary.open(path)
+            finally:
+                WATCH.at = ""
     except (ValueError, OSError, EOFError) as error:
-        WATCH.at = ""
         ended = f"{type(error).__name__}: {error}"
         expected = isinstance(error, ValueError | FileNotFoundError) or error.errno is not None
         if not expected or not str(error).strip() or "Traceback" in str(error):
             WATCH.seen.append(f"no clear error: {ended[:200]}")
     except Stopped:
-        WATCH.at = ""
+        pass
     except BaseException as error:
-        WATCH.at = ""
         ended = f"{type(error).__name__}: {error}"
         WATCH.seen.append(f"no error in words: {ended[:300]}")
-    finally:
-        WATCH.at = ""
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
     left = [
         str(each.relative_to(path.parent))
         for place in (path, path.parent)
@@ -1316,14 +1295,9 @@ def _child(scratch: Path, names: list[str], first: int) -> None:
     for name in ("hub", "tmp", SECRET):
         (scratch / name).mkdir(exist_ok=True)
     for name in (
-        "secret.txt",
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "manifest.json",
-        "state.json",
-        "train.bin",
-        "x.tok",
+        *("secret.txt", "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+        *("merges.txt", "chat_template.jinja", "manifest.json", "state.json", "meta.json", "train.bin", "val.bin"),
+        *("train-00000.tok", "x.tok"),
     ):
         (scratch / SECRET / name).write_text("{}")
     os.environ |= {
@@ -1347,9 +1321,7 @@ def _child(scratch: Path, names: list[str], first: int) -> None:
     _bases(base)
     WATCH = Watch(scratch)
     sys.addaudithook(WATCH)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    limits.limit_memory(limits.address_space() + MEMORY)
     for number, canary in enumerate(_chosen(names)):
         if number < first:
             continue

@@ -25,7 +25,7 @@ PATIENCE_S = 60  # for one test; one that does not end has failed
 
 
 class Mutant(NamedTuple):
-    """`old` stands once in gpt/`room`.py and becomes `new`; then the tests `caught_by` of the room's (or a named) file fail."""
+    """`old` stands once in gpt/`room`.py and becomes `new`; then the tests `caught_by` of tests/test_`room`.py fail."""
 
     room: str
     name: str
@@ -252,7 +252,7 @@ MUTANTS = [
         ),
         (
             "weights are told from what is none",
-            "        if weights_file != ADAPTER:\n",
+            "        if weights_file != ADAPTER_WEIGHTS:\n",
             "        if len(files) > 1:\n",
             "an_index_keeps_others",
         ),

@@ -128,7 +128,8 @@ def tested(tests: Chosen, scale: float, say: Say) -> list[Row]:
             lines = [json.loads(each) for each in to.read_text().splitlines()] if to.exists() else []
         if done.returncode or not lines:
             say(f"{what}: {file}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-            lines = lines or [{"test": file, "tried": 1, "passed": False}]
+            if all(each["passed"] for each in lines):  # it ended half way, or before its first test
+                lines.append({"test": file, "tried": 1, "passed": False})
         found += lines
     tried = sum(each["tried"] for each in found)
     survived = sum(each["tried"] for each in found if each["passed"])

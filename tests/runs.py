@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 300  # with a command that should end by itself
+GRACE_S = 60  # with one that was asked to; torchrun waits half of that for its ranks
+TOO_LONG = 124  # as timeout(1) says it
 STEPS = 100
 SETTINGS = """
 data: {path: data/small, seq_len: 32}
@@ -65,25 +68,48 @@ def torchrun(line: Sequence[str], *flags: str, ranks: int = 2) -> list[str]:
 
 
 class Ended(NamedTuple):
-    code: int
+    code: int  # TOO_LONG of one that did not end by itself
     said: str  # on stderr
     seconds: float
+    printed: str  # on stdout
+
+
+def begun(home: Path, line: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    told = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(line), cwd=home, env=told, start_new_session=True, **pipes)
 
 
 def ended(home: Path, line: Sequence[str], kill_after: float | None = None, **environment: str) -> Ended:
     """Run a command in `home` to its end, or kill it (and the processes it started) after so many seconds."""
-    began = time.monotonic()
-    told = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(list(line), cwd=home, env=told, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    start = time.monotonic()
+    process = begun(home, line, **environment)
     try:
-        errors = process.communicate(timeout=PATIENCE_S if kill_after is None else kill_after)[1]
+        printed, said = process.communicate(timeout=PATIENCE_S if kill_after is None else kill_after)
+        code = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        errors = process.communicate()[1]
         if kill_after is None:
-            errors += f"\nit did not end within {PATIENCE_S} s"
-    return Ended(process.returncode, errors, time.monotonic() - began)
+            printed, said = gone(process)
+            code, said = TOO_LONG, f"{said}\nit did not end within {PATIENCE_S} s"
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, said = process.communicate()
+            code = process.returncode
+    return Ended(code, said, time.monotonic() - start, printed)
+
+
+def gone(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a process of `begun` that may not have ended; what it printed and said.
+
+    It is asked first: torchrun's ranks are in sessions of their own, and only torchrun ends them.
+    """
+    process.terminate()
+    try:
+        return process.communicate(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
 
 
 def trained(home: Path, name: str, line: Sequence[str] | None = None) -> Path:

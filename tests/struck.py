@@ -18,6 +18,8 @@ from gpt import signals
 MOMENTS = (
     "import",
     "preparation",
+    "encoding",
+    "compile",
     "probing",
     "preflight",
     "step",
@@ -28,6 +30,10 @@ MOMENTS = (
     "evaluation",
     "sampling",
 )
+
+
+# Updates that only try how fast a choice is, or whether one fits, are no steps.
+TRIED = {"probing": True, "step": False, "inside a step": False}
 
 
 class OnImport(MetaPathFinder):
@@ -52,22 +58,37 @@ def before(owner: Any, name: str, strike: Callable[[], None]) -> None:
 def arm(moment: str, nth: int, number: int) -> None:
     """From now on the signal comes when `moment` does for the nth time."""
     assert moment in MOMENTS, moment
-    seen = 0
+    seen = trials = 0
 
     def strike() -> None:
         nonlocal seen
+        if moment in TRIED and (trials > 0) != TRIED[moment]:
+            return
         seen += 1
         if seen == nth:
             os.kill(os.getpid(), number)
 
+    def tried(*args: Any) -> Any:
+        nonlocal trials
+        trials += 1
+        try:
+            return trial(*args)
+        finally:
+            trials -= 1
+
     if moment == "import":
         sys.meta_path.insert(0, OnImport(strike))
         return
-    from gpt import durable, evaluate, optim, preflight, prepare, session, trainer
+    import torch
 
+    from gpt import durable, evaluate, optim, preflight, prepare, session, settle, trainer, workers
+
+    trial, settle.trial = settle.trial, tried
     places: dict[str, list[tuple[Any, str]]] = {
         "preparation": [(prepare.tokenizers, "train")],
-        "probing": [(optim.Optimizer, "step")],  # where a choice is measured, the first updates are trials
+        "encoding": [(workers.Meter, "advance")],
+        "compile": [(torch, "compile")],
+        "probing": [(optim.Optimizer, "step")],
         "preflight": [(preflight.Preflight, "rehearse")],
         "step": [(trainer, "update")],
         "inside a step": [(optim.Optimizer, "step")],  # between the gradients and the update

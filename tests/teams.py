@@ -1,14 +1,17 @@
-"""Ranks for tests: threads of this process that hear each other, and the blocks of tensors that ranks could hold."""
+"""Ranks for tests: threads of this process that hear each other, the blocks of tensors that ranks could hold, and what all
+of them saved."""
 
 import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from gpt import checkpoint, slices, tensors
 from gpt.slices import Slice, cut
 from gpt.team import Elsewhere, Team
 
@@ -84,3 +87,9 @@ def blocks(tensors: Mapping[str, Tensor], grid: tuple[int, int]) -> list[dict[st
             rank = (place[0] if place else 0) * grid[1] + (place[1] if len(place) > 1 else 0)
             held[rank][name] = Slice(tuple(tensor.shape), offset, cut(tensor, offset, shape))
     return held
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a verified checkpoint, by the names on disk."""
+    found = {name: entry for file in checkpoint.weight_files(path) for name, entry in tensors.stored(file).items()}
+    return {name: slices.read(slices.undivided(entry)) for name, entry in found.items()}

@@ -297,14 +297,14 @@ def test_peft_gives_the_same_logits(
     for name, data in hf.adapter_files(model, vocabulary, asked, base).items():
         (tmp_path / "adapter" / name).write_bytes(data)
     blocks = serialize(adapters.to_peft(model), {"format": "pt"})
-    (tmp_path / "adapter" / checkpoint.ADAPTER).write_bytes(b"".join(map(bytes, blocks)))
+    (tmp_path / "adapter" / checkpoint.ADAPTER_WEIGHTS).write_bytes(b"".join(map(bytes, blocks)))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     tokens = torch.randint(270, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = model(tokens)
         assert (loaded(tokens).logits - ours).abs().max() < 1e-5 * max(1, float(ours.abs().max()))
-    held = set(load_file(tmp_path / "adapter" / checkpoint.ADAPTER))
+    held = set(load_file(tmp_path / "adapter" / checkpoint.ADAPTER_WEIGHTS))
     read = peft.get_peft_model_state_dict(loaded)
     assert set(read) == held, "PEFT would write the same names"
     assert all(read[name].shape == tensor.shape for name, tensor in adapters.to_peft(model).items())

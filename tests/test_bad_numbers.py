@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import ranks
+import runs
 import torch
 from rich.console import Console
-from test_trainer import data_set, here, metrics, settings, weights  # noqa: F401 (fixtures)
+from teams import load_weights
+from test_trainer import metrics, settings, weights
 
 from gpt import settle, signals, trainer
-from gpt.checkpoint import load_weights
 from gpt.data import Loader, open_data
 from gpt.run import RunDirectory
 from gpt.trainer import TrainConfig, train
@@ -24,7 +25,7 @@ BACK = ("numbers.on_bad=rollback",)
 
 
 @pytest.fixture
-def poison(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:  # noqa: F811
+def poison(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """poison(5, 9, factor=nan): the batches with these numbers are garbage, whenever and wherever they are read."""
     given = settings()
     data = open_data(given.data)
@@ -50,9 +51,8 @@ def poison(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]: 
 
 def told(name: str) -> list[dict]:
     """Everything in metrics.jsonl that does not depend on the clock."""
-    clocks = ("elapsed_s", "tokens_per_second", "mfu", "peak_memory_bytes")
     lines = map(json.loads, Path("runs", name, "metrics.jsonl").read_text().replace(f"runs/{name}/", "").splitlines())
-    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+    return [{k: v for k, v in line.items() if k not in runs.CLOCKS} for line in lines]
 
 
 def state(name: str, step: int) -> dict:
@@ -98,6 +98,12 @@ def test_the_default_stops_with_the_cause_and_keeps_the_batch_as_text(poison: Ca
     text = Path("runs/tiny/bad_batch_6.txt").read_text()
     assert "loss of rows 0-3: nan" in text and text.count("=== row ") == 8
     assert "data/tiny: document " in text and any(word in text for word in ("the cat", "my bird"))
+
+
+def test_a_first_batch_of_garbage_does_not_end_a_run_that_measures_its_speed(poison: Callable[..., None]) -> None:
+    poison(1)
+    train(settings(*SKIP, "train.compile=auto"), console=CONSOLE)
+    assert state("tiny", 12)["bad"] == [1]
 
 
 @pytest.mark.slow
@@ -228,7 +234,7 @@ def test_too_many_bad_updates_end_the_run_and_so_does_its_resume(
 
 
 def test_weights_that_are_found_not_finite_at_a_save_are_rolled_back(
-    here: Path,  # noqa: F811
+    grammar: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, broken = trainer.update, []
@@ -278,7 +284,7 @@ def test_a_spike_is_warned_of_and_changes_nothing(poison: Callable[..., None]) -
     assert weights("tiny", 64) == weights("deaf", 64) and not metrics("deaf", "doctor")
 
 
-def test_a_damaged_record_of_windows_is_named(here: Path) -> None:  # noqa: F811
+def test_a_damaged_record_of_windows_is_named(grammar: Path) -> None:
     Path("runs/tiny").mkdir(parents=True)
     Path("runs/tiny/skipped.json").write_text('[{"first": "1"}]')
     with pytest.raises(ValueError, match=r"skipped\.json: not the record"):
@@ -291,37 +297,42 @@ RANKED = """
 import errno, math, os
 from pathlib import Path
 from gpt import signals
-FULL, *BAD = {faults}
+FULL, BROKEN, *BAD = {faults}
 def main(argv):
     from rich.console import Console
-    from gpt import config, durable, settle, trainer
+    from gpt import config, durable, saving, settle, trainer
     from gpt.data import Loader, open_data
     from gpt.loss import NextToken
     given = config.load(trainer.TrainConfig, Path("tiny.yaml"), argv)
     loader = Loader(open_data(given.data), given.data, settle.rows(given), given.seed)
     bad = [loader.batch(number).tokens[-1].tolist() for number in BAD]  # the last row is the last rank's
-    forward, write = NextToken.forward, durable.fs.write
+    forward, write, check = NextToken.forward, durable.fs.write, saving.check_finite
     def spoiled(self, tokens, *others):
         return forward(self, tokens, *others) * (math.nan if any(row in bad for row in tokens.tolist()) else 1.0)
     def limited(fd, data):
         if FULL and os.environ["RANK"] == "1" and f"step_{{FULL:08d}}" in os.readlink(f"/proc/self/fd/{{fd}}"):
             raise OSError(errno.ENOSPC, "No space left on device", "there")
         return write(fd, data)
-    NextToken.forward, durable.fs.write = spoiled, limited
+    def overflown(path, weights):
+        if BROKEN and os.environ["RANK"] == "1" and path.name == f"step_{{BROKEN:08d}}":
+            raise FloatingPointError(f"{{path}} was not written")
+        check(path, weights)
+    NextToken.forward, durable.fs.write, saving.check_finite = spoiled, limited, overflown
     trainer.train(given, console=Console(quiet=True))
 signals.run(main)
 """
 
 
-def on_two(*overrides: str, bad: tuple[int, ...] = (), full: int = 0) -> list[str]:
-    """What two ranks say on stderr; the last row of the batches `bad` is garbage, rank 1's disk is full at save `full`."""
-    program = RANKED.format(faults=(full, *bad))
+def on_two(*overrides: str, bad: tuple[int, ...] = (), full: int = 0, broken: int = 0) -> list[str]:
+    """What two ranks say on stderr; the last row of the batches `bad` is garbage, rank 1's disk is full at save `full`, and
+    at save `broken` it finds a weight that is not finite."""
+    program = RANKED.format(faults=(full, broken, *bad))
     ended = ranks.run([sys.executable, "-W", "ignore", "-c", program, *overrides], 2, Path.cwd(), 100)
     assert not any("Traceback" in each.stderr for each in ended), ended[0].stderr + ended[1].stderr
     return [f"{each.returncode}: {each.stderr}" for each in ended]
 
 
-def test_of_two_ranks_one_tells_of_a_batch_that_only_one_of_them_read(here: Path) -> None:  # noqa: F811
+def test_of_two_ranks_one_tells_of_a_batch_that_only_one_of_them_read(grammar: Path) -> None:
     said = sorted(on_two(bad=(6,)), key=len)
     assert all(each.startswith("4: ") for each in said)
     assert said[0].count("\n") == 1 and "ended by another one's error (step 6: loss nan" in said[0]
@@ -332,7 +343,7 @@ def test_of_two_ranks_one_tells_of_a_batch_that_only_one_of_them_read(here: Path
 
 
 @pytest.mark.parametrize("shard", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_two_ranks_skip_the_same_update(here: Path, shard: int) -> None:  # noqa: F811
+def test_two_ranks_skip_the_same_update(grammar: Path, shard: int) -> None:
     how = (f"parallel.shard={shard}", "checkpoint.every=1", "checkpoint.keep=20", "log.sample_every=6")
     for each in on_two(*SKIP, *how, bad=(5,)):
         assert each.startswith("0: "), each
@@ -348,7 +359,7 @@ def test_two_ranks_skip_the_same_update(here: Path, shard: int) -> None:  # noqa
 
 
 @pytest.mark.parametrize("shard", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_two_ranks_roll_back_to_what_a_run_without_the_window_is(here: Path, shard: int) -> None:  # noqa: F811
+def test_two_ranks_roll_back_to_what_a_run_without_the_window_is(grammar: Path, shard: int) -> None:
     parts = f"parallel.shard={shard}"
     for each in on_two(*BACK, parts, bad=(6,)):
         assert each.startswith("0: "), each
@@ -360,7 +371,14 @@ def test_two_ranks_roll_back_to_what_a_run_without_the_window_is(here: Path, sha
     assert weights("told", 12) == weights("tiny", 12) and told("told") == told("tiny")
 
 
-def test_a_disk_that_is_full_on_one_rank_is_what_the_run_ended_for(here: Path) -> None:  # noqa: F811
+def test_a_weight_that_one_rank_finds_broken_at_a_save_ends_all_with_its_words(grammar: Path) -> None:
+    first, second = on_two("checkpoint.every=2", broken=4)
+    assert first.startswith("4: rank 0: ended by another one's error (rank 1: ") and first.count("\n") == 1
+    assert second.startswith("4: error: runs/tiny/checkpoints/step_00000004 was not written")
+    assert "set: numbers.on_bad=rollback" in second and "the checkpoint of step 2 is whole" in second
+
+
+def test_a_disk_that_is_full_on_one_rank_is_what_the_run_ended_for(grammar: Path) -> None:
     first, second = on_two(full=8)
     assert first.startswith("5: rank 0: ended by another one's error (rank 1: ") and first.count("\n") == 1
     assert second.startswith("5: error: out of disk or memory: there: No space left on device")
@@ -369,7 +387,7 @@ def test_a_disk_that_is_full_on_one_rank_is_what_the_run_ended_for(here: Path) -
 
 
 def test_an_evaluation_that_is_not_finite_after_a_resume_ends_the_run_in_words(
-    here: Path,  # noqa: F811
+    grammar: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def overflows(*args, **kwargs):
@@ -397,3 +415,21 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_why_the_update_was_bad(
     monkeypatch.setattr(trainer.durable, "write_file", full)
     with pytest.raises(FloatingPointError, match=r"(?s)step 6: loss nan.*batch: not kept \(No space left"):
         train(settings(), console=CONSOLE)
+
+
+def test_a_first_evaluation_that_is_not_finite_ends_the_run_whatever_the_settings_say(
+    grammar: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(settings("name=base", "train.steps=1"), console=CONSOLE)
+    asked: list[int] = []
+
+    def overflows(*args, **kwargs):
+        asked.append(1)
+        assert len(asked) < 3, "again and again"
+        raise FloatingPointError("the validation loss is nan")
+
+    monkeypatch.setattr("gpt.session.evaluate", overflows)
+    with pytest.raises(FloatingPointError, match=r"(?s)is nan\nset: train.dtype=float32.*there is no checkpoint yet"):
+        train(settings("init_from=runs/base", *BACK), console=CONSOLE)
+    assert not Path("runs/tiny/skipped.json").exists()

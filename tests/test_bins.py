@@ -220,6 +220,13 @@ def test_a_meta_json_that_is_no_vocabulary_is_refused(tmp_path: Path, meta: str,
         bins.load_tokenizer(tmp_path, None)
 
 
+def test_a_meta_json_that_is_a_link_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("[]")
+    (tmp_path / "meta.json").symlink_to(tmp_path / "mine.json")
+    with pytest.raises(ValueError, match=r"meta\.json: is a symbolic link, which is not followed"):
+        bins.load_tokenizer(tmp_path, None)
+
+
 def test_a_pickle_is_not_read_and_its_conversion_is_a_command_that_works(tmp_path: Path, bpe: Tokenizer) -> None:
     write_nanogpt(tmp_path, bpe)
     with pytest.raises(ValueError, match=r"name it: data.tokenizer=PATH"):

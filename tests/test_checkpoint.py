@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
@@ -13,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from faults import FAULTS, Killed, Unsynced, every_sync_watched, failed, installed, n_operations
-from ranks import ENDED
 from safetensors import safe_open
 from safetensors.torch import load_file
-from teams import blocks, on_all
+from teams import blocks, load_weights, on_all
 from torch import Tensor
 
-from gpt import checkpoint, durable, runtime
-from gpt.checkpoint import DTYPES, Checkpoints, load_optimizer, load_state, load_weights, save, serialize, verify
+from gpt import checkpoint, durable, hub, runtime
+from gpt.checkpoint import DTYPES, Checkpoints, load_optimizer, load_state, save, serialize, verify
 from gpt.durable import CorruptError
 from gpt.slices import Slice
 from gpt.team import Team
@@ -167,11 +166,11 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path, bad: float) ->
 def test_an_index_keeps_others_from_taking_averages_for_weights(tmp_path: Path) -> None:
     """Loaders such as vLLM's take every file of tensors in a directory, unless an index names those that are meant."""
     path = write(tmp_path / "step")
-    index = json.loads((path / checkpoint.INDEX).read_bytes())
+    index = json.loads((path / hub.INDEX).read_bytes())
     assert index["weight_map"] == dict.fromkeys(weights(1), checkpoint.WEIGHTS)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(1).values())
-    write(tmp_path / "adapter", weights_file=checkpoint.ADAPTER)
-    assert not (tmp_path / "adapter" / checkpoint.INDEX).exists()
+    write(tmp_path / "adapter", weights_file=checkpoint.ADAPTER_WEIGHTS)
+    assert not (tmp_path / "adapter" / hub.INDEX).exists()
 
 
 def test_a_manifest_that_the_disk_changed_is_found_by_the_save_itself(tmp_path: Path) -> None:
@@ -519,11 +518,11 @@ def test_weights_of_any_ranks_are_the_same_files(tmp_path: Path, monkeypatch: py
         {f.name: f.read_bytes() for f in (tmp_path / str(grid)).iterdir() if f.name.startswith("model")}
         for grid in GRIDS
     ]
-    assert sorted(first) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", checkpoint.INDEX]
+    assert sorted(first) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", hub.INDEX]
     assert all(other == first for other in others)
     found = checkpoint.weight_files(tmp_path / "(2, 1)")
     assert [file.name for file in found] == sorted(first)[:2], "what is no weight is left out"
-    index = json.loads(first[checkpoint.INDEX])
+    index = json.loads(first[hub.INDEX])
     assert index["weight_map"] == {
         name: f"model-0000{i}-of-00002.safetensors" for name, i in (("embed", 1), ("norm", 1), ("head", 2))
     }
@@ -557,7 +556,7 @@ def test_averages_are_written_in_files_of_a_limited_size(tmp_path: Path, monkeyp
         "state.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
-        checkpoint.INDEX,
+        hub.INDEX,
     ],
 )
 def test_a_manifest_that_forgets_a_file_is_refused(tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,13 +613,12 @@ def test_machines_that_do_not_share_a_disk_are_told_so(tmp_path: Path) -> None:
 WORK = """
 import errno, json, os, signal, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
 import torch
 from gpt import durable
-from gpt.checkpoint import Checkpoints, load_optimizer, load_weights, owners
+from gpt.checkpoint import Checkpoints, load_optimizer, owners
 from gpt.saving import Writer
 from gpt.team import Elsewhere, Team
-from teams import blocks
+from teams import blocks, load_weights
 
 saves = Checkpoints(Path(sys.argv[1]), 2)
 shapes = {"a": (7, 6), "b": (5,), "c": (8, 3)}
@@ -655,23 +653,8 @@ with Team.joined(60) as team:
 
 def processes(end: str, size: int, path: Path) -> list[subprocess.CompletedProcess[str]]:
     """Run WORK in `size` processes as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     work = WORK.replace("{END}", textwrap.indent(end, "    ").strip())
-    program = [sys.executable, "-c", work + ENDED, str(path)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [
-        subprocess.Popen(program, env=os.environ | told | {"RANK": str(rank)}, cwd=ROOT, **pipes)
-        for rank in range(size)
-    ]
-    try:
-        ended = [(process, *process.communicate(timeout=120)) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [subprocess.CompletedProcess(process.args, process.returncode, out, err) for process, out, err in ended]
+    return ranks.run([sys.executable, "-c", work + ranks.ENDED, str(path)], size)
 
 
 def test_processes_save_in_the_background_and_others_continue(tmp_path: Path) -> None:
@@ -746,6 +729,7 @@ def test_the_verb_prints_a_line_a_checkpoint_and_what_is_wrong(tmp_path: Path) -
     saves.directory.mkdir()
     for step in (1, 2, 3):
         write(saves.path(step), step)
+    (saves.directory / "step_notes.txt").write_text("the second is the good one")
     done = verified(str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [str(saves.path(step)) for step in (1, 2, 3)]

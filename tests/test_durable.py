@@ -306,6 +306,15 @@ def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         durable.Lock(tmp_path / ".lock", "x")
 
 
+@pytest.mark.parametrize("target", ["mine", "nowhere/at/all"])
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path, target: str) -> None:
+    (tmp_path / "mine").write_text("my own words")
+    (tmp_path / ".lock").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=r"\.lock: is a symbolic link, which is not followed; delete it"):
+        durable.Lock(tmp_path / ".lock", "x", wait_s=5)
+    assert (tmp_path / "mine").read_text() == "my own words" and not (tmp_path / "nowhere").exists()
+
+
 def test_a_lock_that_is_waited_for_is_taken_when_it_is_free(tmp_path: Path) -> None:
     held = durable.Lock(tmp_path / "lock", "it")
     looks: list[int] = []

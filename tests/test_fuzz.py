@@ -26,22 +26,20 @@ def test_a_damaged_file_ends_soon_in_an_error_in_words_or_the_right_load(
     assert failures[name] == []
 
 
-def test_a_mutant_depends_on_its_number_alone(tmp_path: Path) -> None:
-    import random
-
-    for name, kind in fuzz.kinds().items():
+def test_a_mutant_depends_on_its_number_alone_and_is_never_the_file_itself(tmp_path: Path) -> None:
+    for name in fuzz.kinds():
         (tmp_path / name).mkdir()
-        files = kind.prepare(tmp_path / name)
-        file, make = next(iter(files.items()))
-        made = [[make(random.Random(f"{name} {number}"), file.read_bytes()) for number in range(20)] for _ in range(2)]
-        assert made[0] == made[1] and len(set(made[0])) > 10
+        prepared = fuzz.Prepared(name, tmp_path / name)
+        made = [[prepared.mutant(number) for number in range(60)] for _ in range(2)]
+        assert made[0] == made[1] and len(set(made[0])) > 30
+        assert [number for number, (file, data) in enumerate(made[0]) if data == prepared.whole[file]] == []
 
 
 WAYS = {  # what mutant n of a loader gone wrong does, and how that is told
     "error": (lambda: {}["x"], "KeyError: 'x'"),
     "silent": (lambda: None, "damage was not found"),
     "wordless": (lambda: raised(""), "CorruptError without words"),
-    "nameless": (lambda: raised("something is wrong"), "an error that does not name its file"),
+    "nameless": (lambda: raised("the set is wrong"), "an error that does not name its file"),
     "memory": (lambda: bytearray(1 << 33), "MemoryError"),
     "crash": (lambda: os.kill(os.getpid(), signal.SIGSEGV), "the process ended (SIGSEGV"),
     "exit": (lambda: os._exit(3), "the process ended (exit 3"),
@@ -74,10 +72,10 @@ def test_what_ends_badly_is_seen_and_can_be_repeated(tmp_path: Path, monkeypatch
     planted = tmp_path / "fuzz.py"
     planted.write_text(paths + body + PLANT + mark + main)
     monkeypatch.setattr(fuzz, "__file__", str(planted))
-    failures = fuzz.attempt({"metrics": len(WAYS)})["metrics"]
+    failures = fuzz.attempt({"manifest": len(WAYS)})["manifest"]
     assert len(failures) == len(WAYS)
     for number, (failure, (_, words)) in enumerate(zip(failures, WAYS.values(), strict=True)):
-        assert words in failure and failure.endswith(f"repeat: python tests/fuzz.py metrics 1 --at {number}")
+        assert words in failure and failure.endswith(f"repeat: python tests/fuzz.py manifest 1 --at {number}")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ for SLURM_PROCID in 0 1 2 3; do
     export SLURM_PROCID SLURM_LOCALID=$((SLURM_PROCID % 2))
     "$@" || code=$?
 done
+[ -z "$WRITES" ] || touch runs/big/status.json
 exit ${code:-0}
 """
 SCONTROL = """#!/bin/sh
@@ -27,10 +28,12 @@ exit "$EXIT"
 """
 
 
-def submitted(home: Path, *settings: str, code: int, state: str, text: str = "") -> tuple[int, list[str], bool]:
+def submitted(
+    home: Path, *settings: str, code: int, state: str, text: str = "", stale: bool = False
+) -> tuple[int, list[str], bool]:
     """(exit code of the job, what each rank was told, whether it was queued again) where the run ends with `code`.
 
-    `text` stands in the settings file; runs/big is what its status speaks of.
+    `text` stands in the settings file; runs/big is what its status speaks of: written by this job, or `stale`.
     """
     (home / "configs").mkdir()
     (home / settings[0]).write_text(text)
@@ -42,32 +45,41 @@ def submitted(home: Path, *settings: str, code: int, state: str, text: str = "")
     status = home / "runs" / "big" / "status.json"
     status.parent.mkdir(parents=True)
     status.write_text(json.dumps({"state": state, "step": 7, "reason": ""}) + "\n")
+    os.utime(status, (1e9, 1e9))
     slurm = {
         "SLURM_JOB_ID": "4242",
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_NTASKS": "4",
         "SLURM_NTASKS_PER_NODE": "2",
     }
-    told = os.environ | slurm | {"EXIT": str(code), "PATH": f"{home / 'bin'}:{os.environ['PATH']}"}
+    told = (
+        os.environ
+        | slurm
+        | {"EXIT": str(code), "WRITES": "" if stale else "yes", "PATH": f"{home / 'bin'}:{os.environ['PATH']}"}
+    )
     done = subprocess.run(["bash", str(SCRIPT), *settings], cwd=home, env=told, timeout=60)
+    assert [each.name for each in (home / "runs").iterdir()] == ["big"], "its mark is gone"
     return done.returncode, (home / "ranks").read_text().splitlines(), (home / "requeued").exists()
 
 
 @pytest.mark.parametrize(
-    ("code", "state", "again"),
+    ("code", "state", "stale", "again"),
     [
-        (75, "preempted", True),
-        (143, "preempted", True),  # srun ended the slower ranks
-        (0, "done", False),
-        (4, "failed", False),
-        (137, "running", False),
-        (2, "preempted", False),  # refused before it began: the status is that of the job before
+        (75, "preempted", False, True),
+        (143, "preempted", False, True),  # srun ended the slower ranks
+        (0, "done", False, False),
+        (4, "failed", False, False),
+        (137, "running", False, False),
+        (2, "preempted", True, False),  # refused before it began: the status is that of the job before
+        (75, "preempted", True, False),  # and srun ended the other ranks, whose code is higher
+        (137, "preempted", True, False),
+        (143, "preempted", True, False),
     ],
 )
 def test_a_job_is_queued_again_only_when_its_run_was_preempted(
-    tmp_path: Path, code: int, state: str, again: bool
+    tmp_path: Path, code: int, state: str, stale: bool, again: bool
 ) -> None:
-    ended, _, requeued = submitted(tmp_path, "configs/big.yaml", "optim.lr=0.1", code=code, state=state)
+    ended, _, requeued = submitted(tmp_path, "configs/big.yaml", "optim.lr=0.1", code=code, state=state, stale=stale)
     assert (ended, requeued) == (code, again)
 
 

@@ -162,7 +162,7 @@ def test_a_stopped_adapter_continues_as_if_it_had_not_been_stopped(
                 train(settings(*asked), console=CONSOLE)
     train(settings(*asked), console=CONSOLE)
     assert curve("tuned") == curve("whole")
-    for name in (checkpoint.ADAPTER, "base.json"):
+    for name in (checkpoint.ADAPTER_WEIGHTS, "base.json"):
         assert (at(6) / name).read_bytes() == (at(6, "whole") / name).read_bytes(), name
     ours, theirs = (checkpoint.load_optimizer(at(6, name)) for name in ("tuned", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -182,7 +182,9 @@ def test_a_killed_adapter_ends_with_the_same_bytes(here: Path) -> None:
         process.communicate()
     subprocess.run(command, check=True, capture_output=True)
     assert curve("tuned") == curve("whole")
-    assert (at(20) / checkpoint.ADAPTER).read_bytes() == (at(20, "whole") / checkpoint.ADAPTER).read_bytes()
+    assert (at(20) / checkpoint.ADAPTER_WEIGHTS).read_bytes() == (
+        at(20, "whole") / checkpoint.ADAPTER_WEIGHTS
+    ).read_bytes()
 
 
 def test_the_run_continues_on_the_base_it_began_with_though_the_source_has_a_better_one(here: Path) -> None:
@@ -388,7 +390,7 @@ def test_an_adapter_of_another_program_is_refused_with_the_way_to_merge_it(here:
         hf.load(at(6))
 
 
-@pytest.mark.parametrize("file", [checkpoint.ADAPTER, "adapter_config.json", "base.json"])
+@pytest.mark.parametrize("file", [checkpoint.ADAPTER_WEIGHTS, "adapter_config.json", "base.json"])
 def test_a_changed_file_of_an_adapter_is_corrupt(here: Path, file: str) -> None:
     train(settings(), console=CONSOLE)
     content = bytearray((at(6) / file).read_bytes())
@@ -401,7 +403,7 @@ def test_a_changed_file_of_an_adapter_is_corrupt(here: Path, file: str) -> None:
 def test_an_adapter_without_its_weights_in_the_manifest_is_corrupt(here: Path) -> None:
     train(settings(), console=CONSOLE)
     manifest = json.loads((at(6) / "manifest.json").read_text())
-    del manifest["sha256"][checkpoint.ADAPTER]
+    del manifest["sha256"][checkpoint.ADAPTER_WEIGHTS]
     (at(6) / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CorruptError, match="does not name"):
         checkpoint.verify(at(6))

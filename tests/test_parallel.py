@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from trained import apart, trained
 
 from gpt.loss import NextToken
 from gpt.model import GPT
-from gpt.parallel import applied, document_kernel
+from gpt.parallel import applied, document_kernel, in_parts
 from gpt.team import Team
 
 Build = Callable[..., GPT]
@@ -183,6 +184,7 @@ TWO: dict[str, dict[str, Any]] = {
     "sharded, untied, documents": {"parallel": SHARD, "model": UNTIED, "packed": True},
     "sharded, rows that do not divide": {"parallel": SHARD, "model": {"d_ff": 37}, "checkpointing": "full"},
     "sharded, Muon": {"parallel": SHARD, "optim": MUON},
+    "sharded, restored after an evaluation": {"parallel": SHARD, "restored": True},
     "tensor, tied": {"parallel": TENSOR, "evaluate": True},
     "tensor, untied, documents": {"parallel": TENSOR, "model": UNTIED | {"norm_at": "output"}, "packed": True},
     "tensor, GPT-2": {
@@ -249,7 +251,7 @@ def is_one_process(how: dict[str, Any], ranks: list[Any]) -> None:
     go through bfloat16, which makes of a last bit a thousandth.
     """
     canonical = how.get("parallel", {}).get("canonical", False)
-    alone = trained(Team(), how | {"parallel": {"canonical": canonical}})
+    alone = trained(Team(), how | {"restored": False, "parallel": {"canonical": canonical}})
     coarse = {"muon": (1e-3, 2e-2), "bfloat16": (3e-2, 3e-1)}
     kind = "muon" if how.get("optim") == MUON else how.get("dtype")
     curve, weights = (0.0, 0.0) if canonical else coarse.get(kind, (1e-5, 1e-3))
@@ -284,6 +286,23 @@ def test_copies_round_alike_whether_or_not_a_process_was_started_again_on_the_wa
     cases = {name: {"micro_batch": 1, "steps": 4, "resumed": name == "resumed"} for name in ("straight", "resumed")}
     straight, resumed = (ranks[0] for ranks in on_ranks(cases, 4).values())
     assert straight == resumed
+
+
+def test_ranks_that_would_meet_elsewhere_than_where_the_run_computes_are_told(build: Build) -> None:
+    """A run that a machine without a GPU began, on one that has some."""
+    ranks: Any = SimpleNamespace(mesh=SimpleNamespace(device_type="cuda"))
+    with pytest.raises(ValueError, match=r"computes on cpu, and its ranks would meet on cuda: set train.device=cpu"):
+        in_parts(NextToken(build()), ranks, "cpu")
+
+
+def test_groups_of_ranks_wait_no_longer_than_all_of_them() -> None:
+    code = """\
+import torch
+from gpt.ranks import PATIENCE_S, Ranks, Sizes
+ranks = Ranks(team, Sizes(shard=2))
+groups = [*ranks.mesh.get_all_groups(), ranks.holders]
+return [int(g._get_backend(torch.device("cpu")).options._timeout.total_seconds()) - PATIENCE_S for g in groups]"""
+    assert found(code, 2) == [[0, 0, 0, 0]] * 2
 
 
 def test_a_stop_asked_of_one_rank_is_heard_by_all_at_the_same_step() -> None:

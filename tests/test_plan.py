@@ -24,6 +24,7 @@ class Machine:
     compiled_s: float = 0.5
     most_rows: int = 10**9
     compile_error: Exception | None = None
+    missing: str | None = None
     calls: list[tuple[int, bool]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -55,15 +56,11 @@ class Machine:
             elapsed=lambda: elapsed,
             measure=self.measure,
             note=self.notes.append,
+            missing=self.missing,
         )
 
     def said(self, words: str) -> list[str]:
         return [note for note in self.notes if words in note]
-
-
-@pytest.fixture(autouse=True)
-def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "compiler_missing", lambda: None)
 
 
 # Settings
@@ -141,9 +138,8 @@ def test_a_cpu_compiles_where_training_is_long_enough_and_says_so(settings: dict
     assert ("do not repay" in note) is not compiled
 
 
-def test_a_cpu_without_a_compiler_does_not_try_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "compiler_missing", lambda: "no C++ compiler (g++) found")
-    machine = Machine()
+def test_a_cpu_without_a_compiler_does_not_try_and_says_why() -> None:
+    machine = Machine(missing="no C++ compiler (g++) found")
     assert not machine.choose(steps=10**6).compile
     assert machine.notes == ["compile: no (no C++ compiler (g++) found)"]
     assert (8, True) not in machine.calls
@@ -168,6 +164,12 @@ def test_compilation_that_fails_falls_back_to_eager_with_one_reason(error: Excep
     assert not choices.compile
     assert choices.steps == 600  # of eager speed
     assert machine.said("it failed") == ["compile: no, running eagerly (it failed: g++: exit 1)"]
+
+
+def test_a_rank_that_is_lost_while_another_compiles_is_no_failure_of_the_compiler() -> None:
+    machine = Machine(compile_error=RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4321"))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        machine.choose(steps=10**6)
 
 
 def test_a_failed_compilation_as_set_is_budgeted_at_eager_speed() -> None:

@@ -842,8 +842,7 @@ def one_set_whatever_happens(recipe: Path, kills: int) -> dict[str, bytes]:
         process = subprocess.Popen(line, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.3, max(seconds)))
         process.kill()
-        process.wait(timeout=60)
-        count()
+        count(process.wait(timeout=60) == -signal.SIGKILL)  # it had not ended before
         if (here / "killed").exists():
             sets.append(content(here / "killed"))
             shutil.rmtree(here / "killed")

@@ -5,10 +5,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import kills
 import prove
 import pytest
+import runs
+import soak
 from prove import GUARANTEES, ROOT, Chosen, Proof
 from proving import Row
 from struck import MOMENTS
@@ -92,13 +98,16 @@ def test_a_row_of_tests_counts_their_faults(tmp_path: Path, monkeypatch: pytest.
     for file, names in (("test_x.py", "no_such_name"), ("test_gone.py", "")):
         (none,) = prove.tested(Chosen("G1", "x", {file: names}), 0.1, lines.append)
         assert (none.tried, none.survived) == (1, 0), "what selects nothing has lost"
+    (tmp_path / "tests" / "test_y.py").write_text("import os\ndef test_is_one(): pass\ndef test_dies(): os._exit(7)\n")
+    (dead,) = prove.tested(Chosen("G1", "x", {"test_y.py": ""}), 0.1, lines.append)
+    assert (dead.tried, dead.survived) == (2, 1), "what ends the process has lost"
 
 
 def test_the_tests_that_stand_for_guarantees_are_there() -> None:
     """A test that is renamed must not leave its row."""
-    every = [pair for each in prove.stated(prove.TESTS) for pair in each.files.items()]
-    chosen = [(file, names) for file, names in every if (ROOT / "tests" / file).is_file()]
+    chosen = [pair for each in prove.stated(prove.TESTS) for pair in each.files.items()]
     files = sorted({f"tests/{file}" for file, _ in chosen})
+    assert [file for file in files if not (ROOT / file).is_file()] == []
     line = [sys.executable, "-m", "pytest", "--collect-only", *files]
     collected = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=280).stdout
     for file, names in chosen:
@@ -112,15 +121,54 @@ def test_a_guarantee_that_there_is_not_is_refused() -> None:
     assert done.returncode == 2 and "there is no G20" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(each, marks=pytest.mark.slow) for each in MOMENTS if each != "preparation"]
-)
+@pytest.mark.parametrize("moment", [pytest.param(each, marks=pytest.mark.slow) for each in MOMENTS])
 def test_each_moment_comes_in_a_run(tmp_path: Path, moment: str) -> None:
-    import runs
-
     home = runs.prepared(tmp_path / "home")
-    line = runs.struck(moment, 1, signal.SIGKILL, "small.yaml")
+    later = ("data.path=data/later",)
+    needed = {
+        "preparation": later,
+        "encoding": later,
+        "probing": ("train.compile=auto",),
+        "compile": ("train.compile=true",),
+    }
+    line = runs.struck(moment, 1, signal.SIGKILL, "small.yaml", *needed.get(moment, ()))
     assert runs.ended(home, line).code == -signal.SIGKILL
+
+
+def test_a_run_that_differs_is_lost_if_no_fault_met_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (kills, soak):
+        monkeypatch.setattr(module, "differences", lambda run, golden: ["a byte"])
+    monkeypatch.setattr(kills, "met", lambda *given: (False, "", 1.0))
+    monkeypatch.setattr(kills, "ended", lambda *given: runs.Ended(0, "", 1.0, ""))
+    assert kills.chain(tmp_path, tmp_path, 1, 1, 1.0, lambda line: None) == (1, 0)
+    ended = SimpleNamespace(poll=lambda: 0)
+    calm = SimpleNamespace(
+        done=Counter(), wrong=[], run=tmp_path, process=ended, disturbed=lambda *given: time.sleep(0.01)
+    )
+    monkeypatch.setattr(soak, "Soak", lambda *given: calm)
+    monkeypatch.setattr(soak, "trained", lambda *given: tmp_path)
+    faults, survived = soak.soaked(tmp_path, 0.0005, 20.0, 1, lambda line: None)
+    assert faults.total() >= 1 and survived == 0
+
+
+LAUNCHER = """
+import signal, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+def passed_on(*args):
+    rank.kill(), rank.wait()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, passed_on)
+print(rank.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_ranks_of_a_command_that_does_not_end_are_gone_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun does, the launcher starts them in sessions of their own; they keep its pipes open."""
+    monkeypatch.setattr(runs, "PATIENCE_S", 3)
+    done = runs.ended(tmp_path, [sys.executable, "-c", LAUNCHER])
+    assert done.code == runs.TOO_LONG and "it did not end within 3 s" in done.said
+    assert done.seconds < 30 and not Path("/proc", done.printed.strip()).exists()
 
 
 @pytest.mark.slow

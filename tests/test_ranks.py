@@ -8,7 +8,7 @@ import pytest
 import teams
 from trained import CHOICES, batch, config_of
 
-from gpt import plan, settle
+from gpt import parallel, plan, settle
 from gpt.loss import NextToken
 from gpt.model import GPT, ModelConfig
 from gpt.parts import Parts
@@ -74,29 +74,68 @@ def test_what_cannot_be_divided_is_refused_with_what_can() -> None:
         check_rows(Sizes(tensor=2), 8, 33, None)
 
 
+def tried(team: Team, size: int, update: Callable[..., None], *, compile: bool = False) -> Any:
+    """What `settle.trial` with this update is, by rows of a pass."""
+    config = config_of({"parallel": {"canonical": True}})
+    objective = NextToken(GPT(config.model))
+    parts = Parts(Ranks(team, Sizes(replicate=size), canonical=True), objective.model)
+    loader = SimpleNamespace(batch=lambda step: batch(step))
+
+    def trial(rows: int, compiled: bool) -> float:
+        made = CHOICES.model_copy(update={"micro_batch": rows, "compile": compile})
+        return settle.trial(config, made, objective, loader, update, 2, 0.0, parts)[0]  # type: ignore[arg-type]
+
+    return trial
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_several_ranks_do_not_look_for_a_micro_batch_that_fits(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that tried again would meet the others amid the update in which it failed."""
     monkeypatch.setattr(teams, "PATIENCE_S", 3)  # for the rank that fails
-    config = config_of({"parallel": {"canonical": True}})
 
     def look(team: Team) -> tuple[int, float]:
-        objective = NextToken(GPT(config.model))
-        parts = Parts(Ranks(team, Sizes(replicate=size), canonical=True), objective.model)
-        loader = SimpleNamespace(batch=lambda step: batch(step))
-
         def update(forward: Any, optimizer: Any, given: Any, config: Any, choices: Choices, *rest: Any) -> None:
             if team.rank == size - 1 and choices.micro_batch > 2:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-        def measure(rows: int, compiled: bool) -> float:
-            made = CHOICES.model_copy(update={"micro_batch": rows})
-            return settle.trial(config, made, objective, loader, update, 1, 0.0, parts)[0]  # type: ignore[arg-type]
-
-        return plan._fitting(measure, 8, False, lambda line: None)
+        return plan._fitting(tried(team, size, update), 8, False, lambda line: None)
 
     if size == 1:
         assert teams.ranks(1, look)[0][0] == 2
         return
     failed = teams.ranks(size, look)[-1]
     assert isinstance(failed, MemoryError) and "set a smaller train.micro_batch" in str(failed)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_several_ranks_do_not_fall_back_from_the_compiler_each_by_itself(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teams, "PATIENCE_S", 3)
+    monkeypatch.setattr(parallel, "applied", lambda objective, **how: objective)
+
+    def look(team: Team) -> float:
+        def update(*given: Any) -> None:
+            if team.rank == size - 1:
+                raise RuntimeError("g++: exit 1\nat line 3")
+
+        return tried(team, size, update, compile=True)(2, True)
+
+    failed = teams.ranks(size, look)[-1]
+    assert type(failed) is (RuntimeError if size == 1 else ValueError)
+    assert size == 1 or str(failed) == (
+        "compiling failed (g++: exit 1): ranks cannot fall back alone, set train.compile=false"
+    )
+
+
+def test_a_kernel_that_fails_on_one_rank_is_used_on_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {0: ("flex", "it works"), 1: ("dense", "no compiler")}
+
+    def look(team: Team) -> tuple[tuple[str, str], object]:
+        model = GPT(config_of({}).model)
+        model.model.flex, model.rank = found, team.rank  # type: ignore[assignment]
+        return settle._kernel(model, Ranks(team, Sizes(replicate=2))), model.model.flex
+
+    monkeypatch.setattr(parallel, "document_kernel", lambda model: found[model.rank])
+    for rank in teams.ranks(2, look):
+        assert tuple(rank[0]) == ("dense", "no compiler") and rank[1] is None

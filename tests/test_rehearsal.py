@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from runs import GRACE_S, PATIENCE_S, Ended, command, ended, torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import settings
@@ -116,29 +116,27 @@ def test_a_run_too_short_to_be_parted_is_refused(here: Path) -> None:
         checked("train.steps=1")
 
 
-def under_torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    told = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [*command, str(ROOT / "train.py"), "tiny.yaml", "train.micro_batch=2", *overrides, "--check-resume"]
-    return subprocess.run(line, env=told, capture_output=True, text=True, timeout=280)
+def under_torchrun(*overrides: str) -> Ended:
+    line = command("tiny.yaml", "train.micro_batch=auto", *overrides, "--check-resume")
+    return ended(Path(), torchrun(line), OMP_NUM_THREADS="1")
 
 
 @pytest.mark.slow  # ten imports of torch
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(PATIENCE_S + 2 * GRACE_S)
 def test_ranks_that_torchrun_started_prove_it_together(here: Path) -> None:
     done = under_torchrun("parallel.shard=2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("in two others of 2 ranks each") == 1
-    assert done.stdout.count("exact resume: yes") == 1
+    assert done.code == 0, done.printed + done.said
+    assert done.printed.count("in two others of 2 ranks each") == 1
+    assert done.printed.count("exact resume: yes") == 1
     assert list(Path("runs").iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(PATIENCE_S + 2 * GRACE_S)
 def test_an_error_of_all_ranks_is_said_in_words(here: Path) -> None:
     done = under_torchrun("init_from=runs/absent")
-    assert done.returncode == 1
-    assert "stops within its first steps: 'runs/absent' does not exist" in done.stderr
+    assert done.code == 1
+    assert "stops within its first steps: 'runs/absent' does not exist" in done.said
     assert list(Path("runs").iterdir()) == []
 
 

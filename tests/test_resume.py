@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from tiny import settings, trained
+from tiny import settings, trained, weights
 
-from gpt import config, resume, runtime, settle, signals, trainer
+from gpt import config, plan, resume, runtime, settle, signals, trainer
 from gpt.trainer import TrainConfig, train
 
 
@@ -43,10 +44,6 @@ def stored(name: str = "tiny") -> TrainConfig:
 def curve(name: str) -> list[tuple[int, float, float]]:
     lines = map(json.loads, Path("runs", name, "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"], line["lr"]) for line in lines if line["kind"] == "train"]
-
-
-def weights(name: str, step: int) -> bytes:
-    return Path("runs", name, "checkpoints", f"step_{step:08d}", "model.safetensors").read_bytes()
 
 
 # The three kinds of settings
@@ -153,6 +150,15 @@ def test_what_is_free_needs_no_flag_and_is_said(here: Path) -> None:
         trained("train.micro_batch=3")
 
 
+def test_a_reference_under_another_name_is_said_to_be_free(here: Path) -> None:
+    stopped(at=4)
+    was = stored()
+    now = was.model_copy(update={"init_from": "runs/base@4"})
+    found = resume.origin(was, Path("runs/tiny/checkpoints/step_00000004"))
+    loader = SimpleNamespace(epochs=lambda step: [("data/cats", 0.1)])
+    assert "  changed: init_from null -> runs/base@4 (free)" in resume.told(was, now, found, loader)
+
+
 def test_a_choice_is_obeyed_and_another_one_asked_for_needs_its_name(here: Path) -> None:
     stopped(at=4)
     trained("train.threads=auto", "train.dtype=auto")
@@ -197,11 +203,27 @@ def test_another_machine_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "its bits may differ" in text
 
 
+@pytest.mark.parametrize(("asked", "threads"), [("auto", 2), ("4", 4)])
+def test_more_ranks_take_fewer_threads_each_unless_a_number_was_asked_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, asked: str, threads: int
+) -> None:
+    for name, number in (("n_cores", 4), ("world_size", 2), ("local_world_size", 2)):
+        monkeypatch.setattr(runtime, name, lambda number=number: number)
+    choices = plan.Choices(
+        device="cpu", dtype="float32", compile=False, micro_batch=4, threads=4, steps=12, data="", torch="", cpu=""
+    )
+    config = settings(f"train.threads={asked}").model_copy(update={"choices": choices})
+    assert resume.threads(config) == threads
+    (line,) = resume._machine(config)
+    assert ("2 threads a rank instead of 4, of 4 cores" in line) is (asked == "auto")
+
+
 def test_fewer_rows_a_pass_for_more_ranks_are_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped("train.micro_batch=auto", at=4)
-    real = settle._dealt
     monkeypatch.setattr(
-        settle, "_dealt", lambda config, choices: real(config, choices.model_copy(update={"micro_batch": 2}))
+        settle,
+        "_dealt",
+        lambda config: config.model_copy(update={"choices": config.choices.model_copy(update={"micro_batch": 2})}),
     )
     assert "ranks: 2 rows a pass instead of 4, so that they share a batch equally" in trained("train.micro_batch=auto")
 

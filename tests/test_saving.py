@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from faults import FAULTS, Failing, Killed, Unsynced, every_sync_watched, installed, n_operations
-from teams import blocks, on_all
+from faults import FAULTS, Failing, Killed, Unsynced, every_sync_watched, failed, installed, n_operations
+from teams import blocks, load_weights, on_all
 from torch import Tensor
 
 from gpt import durable, runtime
-from gpt.checkpoint import ALONE, Checkpoints, load_optimizer, load_state, load_weights, owners, verify
+from gpt.checkpoint import ALONE, Checkpoints, load_optimizer, load_state, owners, verify
 from gpt.saving import Writer
 from gpt.team import Team
 from gpt.watchdog import Watchdog
@@ -89,13 +89,9 @@ def golden(directory: Path, size: int) -> tuple[int, dict[str, bytes]]:
     return n, files
 
 
-def failed(k: int, fault: BaseException, directory: Path, size: int) -> bool:
-    with installed(Failing(k, fault)):
-        try:
-            on_all(size, lambda team: train(directory, team))
-        except (OSError, Killed):
-            return True
-    return False
+def ended_early(k: int, fault: BaseException, directory: Path, size: int) -> bool:
+    """A run with a fault at operation k; whether it was noticed."""
+    return failed(k, fault, lambda: on_all(size, lambda team: train(directory, team)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -115,7 +111,7 @@ def test_a_run_whose_background_save_fails_at_any_operation_ends_with_the_same_b
     n, expected = golden(tmp_path / "golden", size)
     for k in range(1, n + 1, stride):
         directory = tmp_path / str(k)
-        noticed = failed(k, fault, directory, size)
+        noticed = ended_early(k, fault, directory, size)
         saves = Checkpoints(directory, keep=1)
         for step in saves.steps():
             verify(saves.path(step))
@@ -133,8 +129,8 @@ def test_a_run_that_is_killed_again_while_it_recovers_ends_with_the_same_bytes(
     n, expected = golden(tmp_path / "golden", size)
     for pair in range(0, n * 12, stride):
         directory = tmp_path / str(pair)
-        failed(pair // 12 + 1, Killed(), directory, size)
-        failed(pair % 12 + 1, Killed(), directory, size)  # in what a recovery does first
+        ended_early(pair // 12 + 1, Killed(), directory, size)
+        ended_early(pair % 12 + 1, Killed(), directory, size)  # in what a recovery does first
         on_all(size, lambda team: train(directory, team))  # noqa: B023 (called at once)
         assert result(directory) == expected
 

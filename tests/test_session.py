@@ -4,16 +4,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_trainer import CONSOLE, curve, data_set, here, metrics, settings, stop_at, weights  # noqa: F401 (fixtures)
+from test_trainer import CONSOLE, curve, metrics, settings, stop_at
 
 from gpt import config, prepare, session, signals, trainer
 from gpt.evaluate import Evaluation
-from gpt.team import Elsewhere
+from gpt.log import Log
+from gpt.team import Elsewhere, Team
 from gpt.trainer import train
 
 
 def test_every_step_stands_in_metrics_once_after_a_resume_from_an_older_checkpoint(
-    here: Path,  # noqa: F811
+    grammar: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = trainer.update
@@ -40,8 +41,26 @@ def test_an_error_that_is_no_bad_number_ends_the_run_without_a_word_to_other_ran
             session.Session.rolled_back(at_work, error)
 
 
+def test_a_run_that_stops_says_so_before_any_rank_goes(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher ends the others when the first has left, and wandb may take a minute."""
+    said: list[str] = []
+
+    def state() -> str:
+        path = Path("runs/tiny/status.json")
+        return json.loads(path.read_text())["state"] if path.exists() else "none"
+
+    real, close = Team.gather, Log.close
+    monkeypatch.setattr(Team, "gather", lambda team, value: (said.append(f"word: {state()}"), real(team, value))[1])
+    monkeypatch.setattr(Log, "close", lambda log, **how: (said.append(f"end: {state()}"), close(log, **how)))
+    stop_at(monkeypatch, 2)
+    with pytest.raises(signals.Stopped, match="stopped by SIGTERM at step 2"):
+        train(settings(), console=CONSOLE)
+    assert said[-2:] == ["word: preempted", "end: preempted"]
+    assert json.loads(Path("runs/tiny/status.json").read_text())["step"] == 2
+
+
 def test_an_evaluation_that_was_due_after_the_last_save_is_made_up_on_resume(
-    here: Path,  # noqa: F811
+    grammar: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def crash(*args, **kwargs):
@@ -51,24 +70,24 @@ def test_an_evaluation_that_was_due_after_the_last_save_is_made_up_on_resume(
         patch.setattr(session, "evaluate", crash)
         with pytest.raises(MemoryError):
             train(settings(), console=CONSOLE)
-    assert (here / "runs/tiny/checkpoints/step_00000004").is_dir()
+    assert (grammar / "runs/tiny/checkpoints/step_00000004").is_dir()
     train(settings(), console=CONSOLE)
     assert [line["step"] for line in metrics("tiny", "eval")] == [4, 8, 12]
 
 
-def test_patience_ends_a_run_that_stopped_improving(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_patience_ends_a_run_that_stopped_improving(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([3.0, 2.0, 2.5, 2.5, 1.0])
     monkeypatch.setattr(session, "evaluate", lambda *a, **k: Evaluation(1.0, next(scores)))
     train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
     assert [line["val_bpb"] for line in metrics("tiny", "eval")] == [3.0, 2.0, 2.5, 2.5]
     status = json.loads(Path("runs/tiny/status.json").read_text())
     assert status["state"] == "done" and status["step"] == 16
-    assert (here / "runs/tiny/checkpoints/step_00000008").is_dir(), "the best checkpoint is kept"
+    assert (grammar / "runs/tiny/checkpoints/step_00000008").is_dir(), "the best checkpoint is kept"
     train(settings("train.steps=100", "train.patience=2"), console=CONSOLE)
     assert len(metrics("tiny", "eval")) == 4, "a finished run stays finished"
 
 
-def test_the_sample_of_a_run_on_chats_answers_the_first_held_out_question(here: Path) -> None:  # noqa: F811
+def test_the_sample_of_a_run_on_chats_answers_the_first_held_out_question(grammar: Path) -> None:
     turns = [
         {"messages": [{"role": "user", "content": f"Is {i} odd?"}, {"role": "assistant", "content": "no"}]}
         for i in range(90)

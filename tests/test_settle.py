@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gpt import config, growth, hf, settle, tokenizer
+from gpt import config, growth, hf, runtime, settle, tokenizer
 from gpt.data import Data, Loader, open_data
 from gpt.durable import CorruptError
 from gpt.loss import NextToken
@@ -111,6 +111,13 @@ def test_a_batch_that_is_no_whole_number_of_rows_is_refused(here: Path) -> None:
         settle.check(settings("train.batch_tokens=65"))
 
 
+def test_several_ranks_are_not_sent_to_one_apple_gpu(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "best_device", lambda: ("mps", "Apple GPU"))
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"2 ranks cannot compute on one Apple GPU: .*set train.device=cpu"):
+        settle.check(settings("train.device=auto", "train.micro_batch=2"))
+
+
 def test_other_shares_of_a_mixture_are_another_run(here: Path) -> None:
     given, data = opened(*MIXTURE)
     run = RunDirectory(Path("runs"), "tiny")
@@ -132,6 +139,30 @@ def test_a_mixture_of_other_contents_is_refused_on_resume(here: Path, vocabulary
     write_set(Path("data/dogs"), vocabulary, 3)
     with pytest.raises(ValueError, match=r"data/cats, data/dogs is not the data set.*fingerprint"):
         agreed(settled, open_data(given.data))
+
+
+def test_choices_made_for_other_ranks_are_dealt_to_these(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the settings that a new run begins with: 12 rows by fours would leave 2 ranks with one pass each, and 4 rows unread."""
+    given, data = opened("train.batch_tokens=192", "train.micro_batch=auto")
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    for chosen_rows, dealt in ((4, 2), (12, 6), (3, 3)):
+        config = agreed(given.model_copy(update={"choices": chosen(data, micro_batch=chosen_rows)}), data)
+        assert config.choices.micro_batch == dealt and config.train.micro_batch == "auto"
+    asked = given.model_copy(update={"train": given.train.model_copy(update={"micro_batch": 3})})
+    with pytest.raises(ValueError, match=r"micro_batch asks for 3, the choices in the settings say 2"):
+        agreed(asked.model_copy(update={"choices": chosen(data, micro_batch=4)}), data)
+
+
+def test_a_micro_batch_that_nobody_asks_for_any_more_is_dealt_as_well(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, data = opened()  # 4 rows by fours
+    run = RunDirectory(Path("runs"), "tiny")
+    first = agreed(given, data).model_copy(update={"choices": chosen(data)})
+    run.config_path.write_text(config.dump(first))
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    found = agreed(opened("train.micro_batch=auto")[0], data)
+    assert (found.train.micro_batch, found.choices.micro_batch) == (2, 2)
 
 
 def test_choices_that_contradict_the_settings_are_refused(here: Path) -> None:

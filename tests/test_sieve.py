@@ -130,6 +130,8 @@ for _ in range(20):
         ({"decoder": {"type": "Sequence", "decoders": [REPLACE] * 3}}, "more than 16 times as long"),
         ({"normalizer": REPLACE | {"pattern": {"String": ""}}}, "looks for an empty text"),
         ({"normalizer": REPLACE | {"pattern": {"Regex": "(e+)+$"}}}, "several ways"),
+        ({"normalizer": REPLACE | {"content": 5}}, "normalizer Replace puts in what is no text"),
+        ({"decoder": REPLACE | {"content": True}}, "decoder Replace puts in what is no text"),
         (
             {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}},
             "does not close a group",

@@ -90,7 +90,7 @@ def test_a_rank_that_hears_of_one_request_twice_still_saves(monkeypatch):
     process.send_signal(signal.SIGTERM)  # torchrun's, after the scheduler's
     time.sleep(0.3)
     assert process.poll() is None
-    time.sleep(0.8)
+    time.sleep(2.0)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 75
     process.communicate()

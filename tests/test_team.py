@@ -1,45 +1,15 @@
-import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
+import errno
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from ranks import ENDED
+import ranks
 from torch import distributed
 
 from gpt import signals, team
 from gpt.team import Elsewhere, Team
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def launched(code: str, size: int) -> list[subprocess.CompletedProcess[str]]:
-    """Run `code` in `size` processes as torchrun would start them; `team` is there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    program = (
-        f"from gpt.team import Elsewhere, Team\nwith Team.joined(60) as team:\n{textwrap.indent(code, '    ')}{ENDED}"
-    )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=os.environ | told | {"RANK": str(rank)},
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(size)
-    ]
-    ended = [(process, *process.communicate()) for process in running]
-    return [subprocess.CompletedProcess(process.args, process.returncode, out, err) for process, out, err in ended]
 
 
 def test_a_team_of_one_hears_itself() -> None:
@@ -56,9 +26,39 @@ def test_a_team_of_one_raises_its_own_error() -> None:
         raise FloatingPointError("not finite")
 
 
+def test_an_error_that_cannot_be_told_any_more_is_still_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(team: Team, value: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Team, "gather", gone)
+    with pytest.raises(OSError, match="No space left") as raised, Team().together():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert signals.exit_code(raised.value) == signals.NO_SPACE and isinstance(raised.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="closed by peer"), Team().together():
+        pass
+
+
+def test_a_stop_is_heard_while_the_others_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def rendezvous(*args: object, **how: object) -> Iterator[tuple[object, int, int]]:
+        over.wait(60)
+        yield distributed.HashStore(), 0, 2
+
+    monkeypatch.setattr(distributed, "rendezvous", rendezvous)
+    monkeypatch.setattr(signals, "_at_once", False)
+    monkeypatch.setattr(signals, "_requested", "SIGTERM")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(signals.Stopped, match="SIGTERM"), Team.joined(60):
+        pass
+    over.set()
+    with pytest.raises(signals.Stopped, match="SIGTERM"):
+        team._agreed(distributed.HashStore(), 0, 2, 60)
+
+
 def test_ranks_hear_each_other_and_all_raise_what_one_raises() -> None:
     code = """\
-import json
+from gpt.team import Elsewhere
 said = team.gather({"rank": team.rank, "text": "é" * team.rank * 9})
 first = team.told(f"rank {team.rank}")
 try:
@@ -68,12 +68,9 @@ try:
     raised = None
 except (Elsewhere, FloatingPointError) as error:
     raised = [type(error).__name__, str(error), getattr(error, "exit_code", None)]
-print(json.dumps([said, first, raised]))
+return [said, first, raised]
 """
-    ended = launched(code, 3)
-    assert [each.returncode for each in ended] == [0, 0, 0], ended[0].stderr
-    answers = [json.loads(each.stdout) for each in ended]
-    for rank, (said, first, raised) in enumerate(answers):
+    for rank, (said, first, raised) in enumerate(ranks.found(code, 3)):
         assert said == [{"rank": i, "text": "é" * i * 9} for i in range(3)]
         assert first == "rank 0"
         elsewhere = ["Elsewhere", "rank 1: not finite", 4]

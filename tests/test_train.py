@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 from kills import killed
-from runs import command, curve, prepared, settings
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a prepared set, data/small."""
-    return prepared(tmp_path_factory.mktemp("train") / "home")
+from runs import command, curve, settings
 
 
 @pytest.mark.timeout(1800)

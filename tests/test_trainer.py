@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from teams import load_weights
+from tiny import weights
 
 from gpt import config, prepare, saving, settle, signals, trainer
-from gpt.checkpoint import load_weights
 from gpt.model import GPT
 from gpt.ranks import Sizes
 from gpt.run import RunDirectory
@@ -23,41 +24,6 @@ from gpt.shards import TokenSet
 from gpt.trainer import TrainConfig, train, update
 
 CONSOLE = Console(quiet=True)
-SETTINGS = """
-name: tiny
-data: {path: data/tiny, seq_len: 32}
-model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}
-train: {steps: 12, batch_tokens: 256, micro_batch: 4, compile: false, threads: 1}
-optim: {kind: muon, lr: 0.02}
-eval: {every: 4, tokens: 2000}
-checkpoint: {every: 4, keep: 2}
-log: {every: 1}
-"""
-
-
-@pytest.fixture(scope="module")
-def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared set of 200 short documents of a small grammar."""
-    root = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(1)
-    words = ["the cat", "a dog", "my bird", "sees", "hears", "likes", "the sun", "a tree", "the rain", "today", "never"]
-    lines = [json.dumps({"text": " ".join(draw.choices(words, k=30)) + "."}) for _ in range(200)]
-    (root / "text.jsonl").write_text("\n".join(lines))
-    (root / "tiny.yaml").write_text("input: [text.jsonl]\nvocab_size: 300\n")
-    recipe = prepare.load_recipe(root / "tiny.yaml", [f"input={root / 'text.jsonl'}"])
-    prepare.prepare(recipe, root / "tiny", console=CONSOLE)
-    return root / "tiny"
-
-
-@pytest.fixture
-def here(data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory where data/tiny is the prepared set."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "tiny").symlink_to(data_set)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(SETTINGS)
-    yield tmp_path
-    torch.use_deterministic_algorithms(False)
 
 
 def settings(*overrides: str) -> TrainConfig:
@@ -73,10 +39,6 @@ def curve(name: str) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(name, "train")]
 
 
-def weights(name: str, step: int) -> bytes:
-    return Path("runs", name, "checkpoints", f"step_{step:08d}", "model.safetensors").read_bytes()
-
-
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Request a stop as if a signal had come during update `step`."""
     real, made = trainer.update, []
@@ -89,7 +51,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(signals, "stop_requested", lambda: "SIGTERM" if made and made[-1] == step else None)
 
 
-def test_training_lowers_the_validation_loss(here: Path) -> None:
+def test_training_lowers_the_validation_loss(grammar: Path) -> None:
     train(settings("train.steps=40", "eval.every=20"), console=CONSOLE)
     first, last = metrics("tiny", "eval")
     assert last["val_bpb"] < first["val_bpb"] < 8
@@ -98,7 +60,7 @@ def test_training_lowers_the_validation_loss(here: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(
-    here: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    grammar: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     train(settings("name=whole", f"optim.kind={kind}"), console=CONSOLE)
     for step in (1, 6, 11):
@@ -117,7 +79,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(
 
 @pytest.mark.parametrize(("first", "last"), [(3, 4), pytest.param(1, 20, marks=pytest.mark.slow)])
 def test_a_run_interrupted_after_any_of_its_steps_and_again_five_times_has_the_bits_of_one_that_was_not(
-    here: Path, monkeypatch: pytest.MonkeyPatch, first: int, last: int
+    grammar: Path, monkeypatch: pytest.MonkeyPatch, first: int, last: int
 ) -> None:
     steps = "train.steps=26"
     train(settings("name=whole", steps), console=CONSOLE)
@@ -134,7 +96,7 @@ def test_a_run_interrupted_after_any_of_its_steps_and_again_five_times_has_the_b
         assert weights(f"from-{begin}", 26) == weights("whole", 26)
 
 
-def test_saving_beside_the_training_changes_no_byte(here: Path) -> None:
+def test_saving_beside_the_training_changes_no_byte(grammar: Path) -> None:
     for name, background in (("beside", "true"), ("waiting", "false")):
         train(settings(f"name={name}", f"checkpoint.background={background}", "eval.every=100"), console=CONSOLE)
     for step in (8, 12):
@@ -143,7 +105,7 @@ def test_saving_beside_the_training_changes_no_byte(here: Path) -> None:
 
 
 def test_a_background_save_that_fails_ends_the_run_before_more_is_made(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    grammar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = saving.save
 
@@ -164,34 +126,34 @@ def test_a_background_save_that_fails_ends_the_run_before_more_is_made(
     assert [step for step, _, _ in curve("tiny")] == list(range(1, 101))
 
 
-def test_the_resolved_settings_train_the_same_run_again(here: Path) -> None:
+def test_the_resolved_settings_train_the_same_run_again(grammar: Path) -> None:
     train(settings(), console=CONSOLE)
     again = config.load(TrainConfig, Path("runs/tiny/config.yaml"), ["name=again"])
     train(again, console=CONSOLE)
     assert weights("again", 12) == weights("tiny", 12)
 
 
-def test_other_settings_under_the_same_name_are_refused_with_the_difference(here: Path) -> None:
+def test_other_settings_under_the_same_name_are_refused_with_the_difference(grammar: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     with pytest.raises(ValueError, match=r"(?s)optim.lr: 0.02 -> 0.01.*name=NEW.*--fresh"):
         train(settings("train.steps=4", "optim.lr=0.01"), console=CONSOLE)
     train(settings("train.steps=4", "log.every=2"), console=CONSOLE)  # what changes no update is free
 
 
-def test_fresh_starts_beside_the_old_run(here: Path) -> None:
+def test_fresh_starts_beside_the_old_run(grammar: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     before = weights("tiny", 4)
     train(settings("train.steps=4", "seed=7"), fresh=True, console=CONSOLE)
     assert weights("tiny", 4) == before != weights("tiny-2", 4)
 
 
-def test_a_run_in_use_is_refused(here: Path) -> None:
+def test_a_run_in_use_is_refused(grammar: Path) -> None:
 
     with RunDirectory(Path("runs"), "tiny").lock(), pytest.raises(ValueError, match="in use"):
         train(settings(), console=CONSOLE)
 
 
-def test_micro_batches_do_not_change_the_objective(here: Path) -> None:
+def test_micro_batches_do_not_change_the_objective(grammar: Path) -> None:
     for rows in (1, 2, 8):
         train(
             settings(
@@ -210,7 +172,7 @@ def test_micro_batches_do_not_change_the_objective(here: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight_and_writes_no_checkpoint(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    grammar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = trainer.parallel.applied
 
@@ -233,7 +195,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_writes_no_checkpoint(
     )
 
 
-def test_update_leaves_the_weights_alone_when_the_gradient_is_not_finite(here: Path) -> None:
+def test_update_leaves_the_weights_alone_when_the_gradient_is_not_finite(grammar: Path) -> None:
     settled = settings()
     model = torch.nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
@@ -251,13 +213,13 @@ def test_update_leaves_the_weights_alone_when_the_gradient_is_not_finite(here: P
     assert torch.equal(model.weight, before)
 
 
-def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(here: Path) -> None:
+def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(grammar: Path) -> None:
     train(settings("train.steps=40", "eval.every=40", "checkpoint.every=40"), console=CONSOLE)
     before = weights("tiny", 40)
     Path("tune.yaml").write_text(
-        SETTINGS.replace(
-            "model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}", "init_from: runs/tiny"
-        )
+        Path("tiny.yaml")
+        .read_text()
+        .replace("model: {n_layer: 2, d_model: 32, n_head: 2, n_kv_head: 1, dropout: 0.1}", "init_from: runs/tiny")
     )
     tune = config.load(TrainConfig, Path("tune.yaml"), ["name=tuned"])
     train(tune, console=CONSOLE)
@@ -269,14 +231,25 @@ def test_fine_tuning_starts_from_the_source_and_leaves_it_untouched(here: Path) 
     train(tune, console=CONSOLE)  # and it resumes without complaint
 
 
-def test_the_resolved_settings_of_a_fine_tuned_run_train_it_again(here: Path) -> None:
+def test_the_resolved_settings_of_a_fine_tuned_run_train_it_again(grammar: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     train(settings("name=tuned", "init_from=runs/tiny", "train.steps=4"), console=CONSOLE)
     train(config.load(TrainConfig, Path("runs/tuned/config.yaml"), ["name=again"]), console=CONSOLE)
     assert weights("again", 4) == weights("tuned", 4) != weights("tiny", 4)
 
 
-def test_a_fresh_run_is_continued_under_its_own_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_the_record_is_on_the_disk_before_its_first_line(
+    grammar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = trainer.durable.write_file, []
+    monkeypatch.setattr(
+        trainer.durable, "write_file", lambda path, data: (written.append(path.name), real(path, data))[1]
+    )
+    train(settings("train.steps=1"), console=CONSOLE)
+    assert "metrics.jsonl" in written and len(metrics("tiny", "train")) == 1
+
+
+def test_a_fresh_run_is_continued_under_its_own_name(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -287,7 +260,7 @@ def test_a_fresh_run_is_continued_under_its_own_name(here: Path, monkeypatch: py
     assert not Path("runs/tiny-3").exists()
 
 
-def test_settings_that_contradict_the_choices_beside_them_are_refused(here: Path) -> None:
+def test_settings_that_contradict_the_choices_beside_them_are_refused(grammar: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     path = Path("runs/tiny/config.yaml")
     with pytest.raises(ValueError, match=r"train.steps asks for 8, the choices in the settings say 4; choices=null"):
@@ -296,7 +269,7 @@ def test_settings_that_contradict_the_choices_beside_them_are_refused(here: Path
     assert metrics("longer", "train")[-1]["step"] == 8
 
 
-def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = config.load(TrainConfig, Path("tiny.yaml"), ["train.steps=null", "train.time=3s", "eval.every=1000"])
     stop_at(monkeypatch, 5)
     monkeypatch.setattr(settle, "PROBE_UPDATES", 3)
@@ -305,18 +278,18 @@ def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(here: Path, monkeypa
     steps = config.load(TrainConfig, Path("runs/tiny/config.yaml")).choices.steps
     assert steps > 5
     monkeypatch.undo()
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(grammar)
     train(timed, console=CONSOLE)
     assert metrics("tiny", "train")[-1]["step"] == steps
 
 
-def test_another_data_set_under_the_same_path_is_refused_on_resume(here: Path, data_set: Path) -> None:
+def test_another_data_set_under_the_same_path_is_refused_on_resume(grammar: Path, grammar_set: Path) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
-    (here / "data" / "tiny").unlink()
+    (grammar / "data" / "tiny").unlink()
     recipe = prepare.load_recipe(
-        data_set.parent / "tiny.yaml", [f"input={data_set.parent / 'text.jsonl'}", "vocab_size=290"]
+        grammar_set.parent / "tiny.yaml", [f"input={grammar_set.parent / 'text.jsonl'}", "vocab_size=290"]
     )
-    prepare.prepare(recipe, here / "data" / "tiny", console=CONSOLE)
+    prepare.prepare(recipe, grammar / "data" / "tiny", console=CONSOLE)
     with pytest.raises(ValueError, match="fingerprint"):
         train(settings("train.steps=4"), console=CONSOLE)
 
@@ -340,10 +313,10 @@ MIXED = ("data.path=null", "data.mixture={data/cats: 0.7, data/plants: 0.3}")
 
 
 @pytest.fixture
-def two_sets(here: Path) -> Path:
-    write_characters(here / "data" / "cats", ["the cat", "a dog", "my bird", "sees", "hears"], 1)
-    write_characters(here / "data" / "plants", ["willow", "bamboo", "orchid", "pine"], 2)
-    return here
+def two_sets(grammar: Path) -> Path:
+    write_characters(grammar / "data" / "cats", ["the cat", "a dog", "my bird", "sees", "hears"], 1)
+    write_characters(grammar / "data" / "plants", ["willow", "bamboo", "orchid", "pine"], 2)
+    return grammar
 
 
 def test_a_stopped_run_on_a_mixture_continues_as_if_it_had_not_been_stopped(
@@ -375,7 +348,7 @@ def test_every_source_of_a_mixture_is_learned_and_scored(two_sets: Path) -> None
 
 @pytest.mark.parametrize("packing", ["stream", "documents"])
 def test_masked_documents_are_learned_and_continue_after_a_stop(
-    here: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+    grammar: Path, monkeypatch: pytest.MonkeyPatch, packing: str
 ) -> None:
     masked = (f"data.packing={packing}", "data.document_mask=true", "train.steps=24", "eval.every=12")
     train(settings("name=whole", *masked), console=CONSOLE)
@@ -391,15 +364,15 @@ def test_masked_documents_are_learned_and_continue_after_a_stop(
     assert weights("unmasked", 24) != weights("whole", 24)
 
 
-def test_llm_c_s_token_files_train_as_they_stand(here: Path, data_set: Path) -> None:
-    prepared = TokenSet(data_set, "train")
-    (here / "data" / "bins").mkdir()
+def test_llm_c_s_token_files_train_as_they_stand(grammar: Path, grammar_set: Path) -> None:
+    prepared = TokenSet(grammar_set, "train")
+    (grammar / "data" / "bins").mkdir()
     for split in ("train", "val"):
-        tokens = TokenSet(data_set, split)
+        tokens = TokenSet(grammar_set, split)
         ids = tokens.read(0, tokens.n_tokens).astype("<u2")
         header = np.zeros(256, "<i4")
         header[:3] = 20240520, 1, len(ids)
-        (here / "data" / "bins" / f"tiny_{split}_000001.bin").write_bytes(header.tobytes() + ids.tobytes())
+        (grammar / "data" / "bins" / f"tiny_{split}_000001.bin").write_bytes(header.tobytes() + ids.tobytes())
     train(settings("name=prepared"), console=CONSOLE)
     train(settings("name=bins", "data.path=data/bins", f"data.tokenizer={prepared.path}"), console=CONSOLE)
     assert weights("bins", 12) == weights("prepared", 12)
@@ -425,7 +398,7 @@ def test_what_is_read_and_how_often_is_said_before_the_first_update(two_sets: Pa
 
 
 def test_a_source_is_not_kept_in_memory_beside_the_model_that_began_as_it(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    grammar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(settings("train.steps=4"), console=CONSOLE)
     alive, original = [], trainer.update

@@ -48,6 +48,13 @@ def test_a_process_that_hangs_says_where_and_ends_with_its_code(tmp_path: Path) 
     assert (tmp_path / "told").read_text().startswith("hung: nothing happened for")
 
 
+def test_where_a_link_stands_no_stacks_are_written(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("my own words")
+    (tmp_path / "stacks.txt").symlink_to(tmp_path / "mine")
+    Watchdog(None, tmp_path / "stacks.txt", print)._write("hung")
+    assert (tmp_path / "mine").read_text() == "my own words"
+
+
 def test_a_hung_process_ends_even_if_what_it_would_tell_hangs_too(tmp_path: Path) -> None:
     body = (
         "import gpt.watchdog\ngpt.watchdog.LAST_WORDS_S = 0.5\nwatch._tell = lambda reason: stuck_here()\nstuck_here()"

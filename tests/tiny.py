@@ -44,3 +44,7 @@ def trained(*overrides: str, **how: object) -> str:
     console = Console(record=True, file=io.StringIO(), width=250)
     train(settings(*overrides), console=console, **how)  # type: ignore[arg-type]
     return console.export_text()
+
+
+def weights(name: str, step: int) -> bytes:
+    return Path("runs", name, "checkpoints", f"step_{step:08d}", "model.safetensors").read_bytes()

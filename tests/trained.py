@@ -1,12 +1,14 @@
 """A few updates of a small model on random tokens, on any number of ranks: what the tests of parallelism compare."""
 
 import functools
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt import parallel, runtime, settle
+from gpt import parallel, resume, runtime, settle, trainer
 from gpt.data import IGNORED, Batch
 from gpt.loss import NextToken, Preferences
 from gpt.model import GPT, init_weights
@@ -76,6 +78,8 @@ def trained(team: Team, how: dict[str, Any]) -> dict[str, Any]:
     if reference is not None:
         init_weights(reference, 4)
     optimizer = Optimizer(objective.model, config.optim, parts)
+    if how.get("restored"):
+        _gone_back(config, objective, parts, fresh)
     if how.get("compile") and not ranks.alone:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     compiled = {"compile": how.get("compile", False) and not ranks.alone, "checkpointing": config.train.checkpointing}
@@ -109,12 +113,27 @@ def _objective(config: settle.TrainConfig, ranks: Ranks) -> tuple[NextToken | Pr
     return objective, reference
 
 
+def _gone_back(config: settle.TrainConfig, objective: NextToken, parts: Parts, weights: GPT) -> None:
+    """What a run does that goes back to its beginning, an update and an evaluation later."""
+
+    def fill(latest: Path | None) -> None:
+        settle.fill(objective.model, parts, config, latest, lambda: weights)
+
+    saves: Any = SimpleNamespace(latest=lambda team: None)
+    optimizer, restore = trainer._restored(config, objective, parts, resume.Origin(), saves, fill)
+    forward = parallel.applied(objective, compile=False, ranks=parts.ranks)
+    update(forward, optimizer, batch(98), config, CHOICES, 1, parts.ranks)
+    with torch.inference_mode():
+        objective(*batch(99).given)
+    restore()
+
+
 def written(parts: Parts, optimizer: Optimizer, team: Team) -> dict[str, Any]:
-    """The weights and the optimizer's state, whole on rank 0, both gathered and put together from every rank's slices."""
+    """The weights and the optimizer's state, put together on rank 0 from every rank's slices; gathered weights are the same."""
     state = optimizer.state()
-    keys = sorted({key for keys in team.gather(list(state)) for key in keys})
     own = {name: parts.local(name) for name in parts.parameters}
-    gathered = parts.whole(list(parts.parameters), own) | parts.whole(keys, state)
+    keys = {*own}.union(*team.gather(list(state)))
+    gathered = parts.whole(list(own), own)
     told = {
         key: [list(s.shape), list(s.offset), list(s.tensor.shape), s.tensor.flatten().tolist()]
         for key, s in (parts.slices(own) | parts.slices(state)).items()
@@ -128,13 +147,15 @@ def written(parts: Parts, optimizer: Optimizer, team: Team) -> dict[str, Any]:
             covered[key] = covered.get(key, 0) + len(numbers)
     if not team.first:
         return {}
-    for key, whole in gathered.items():
+    assert joined.keys() == keys
+    for key, whole in joined.items():
         assert covered[key] == whole.numel(), key  # each number is written once
-        assert torch.equal(joined[key], whole), key
+    for key in own:
+        assert torch.equal(gathered[key], joined[key]), key
     for key, held in state.items():
-        box = parts.wanted(key, tuple(gathered[key].shape))
-        assert box is not None and torch.equal(cut(gathered[key], *box), held), key
-    return {"weights": {key: projected(value) for key, value in gathered.items()}}
+        box = parts.wanted(key, tuple(joined[key].shape))
+        assert box is not None and torch.equal(cut(joined[key], *box), held), key
+    return {"weights": {key: projected(value) for key, value in joined.items()}}
 
 
 def projected(value: Tensor) -> list[float]:

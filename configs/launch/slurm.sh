@@ -6,8 +6,8 @@
 #
 # One task is one rank on one GPU (for CPUs, leave out --gpus-per-node: --ntasks-per-node is the ranks of a node).
 # Five minutes before the end (SIGUSR1), and when the job is preempted (SIGTERM), each rank saves its step and exits; this
-# script puts the job back into the queue only if runs/NAME/status.json then says "preempted". A run that is done, or that
-# failed for a reason of its own, is not started again. (Slurm itself does so after it lost a node: --requeue. The run then
+# script puts the job back into the queue only if this job wrote "preempted" into runs/NAME/status.json. A run that is done,
+# or that failed for a reason of its own, is not started again. (Slurm itself does so after it lost a node: --requeue. The run then
 # goes on from its last checkpoint.)
 #
 # There is no torchrun here: it would swallow SIGUSR1, and kill its ranks 30 seconds after a SIGTERM, saved or not.
@@ -32,6 +32,10 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 
+mkdir -p runs
+began=$(mktemp runs/.job.XXXXXX)
+trap 'rm -f "$began"' EXIT
+
 code=0
 # shellcheck disable=SC2016 # each task fills in its own numbers
 srun --kill-on-bad-exit=1 --wait=600 bash -c '
@@ -39,8 +43,10 @@ srun --kill-on-bad-exit=1 --wait=600 bash -c '
     exec python train.py "$@"
 ' train "$@" || code=$?
 
-# Below 75 it failed for a reason of its own, perhaps before it could say so in a status that an earlier job left.
-if [ "$code" -ge 75 ] && grep -q '"state": "preempted"' "runs/$name/status.json"; then
+# Below 75 it failed for a reason of its own, and perhaps above too: srun gives the highest code, that of ranks it ended. What
+# failed before it could say so left the status of an earlier job.
+status=runs/$name/status.json
+if [ "$code" -ge 75 ] && [ "$status" -nt "$began" ] && grep -q '"state": "preempted"' "$status"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

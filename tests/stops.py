@@ -17,6 +17,7 @@ from pathlib import Path
 from proving import Row
 from ranks import free_port
 from runs import command, differences, ended, prepared, settings, struck, torchrun, trained
+from struck import KILLED
 
 STEPS = 34
 PHASES = {  # the moment, which time it comes, the step that is saved then, and what the command is told besides
@@ -74,7 +75,7 @@ def restarted(home: Path, golden: Path, when: str) -> str:
     code, said, *_ = ended(home, torchrun(line, "--standalone", "--max-restarts=3"))
     if code:
         return f"exit code {code}: {said[-600:]}"
-    if "exitcode: -9" not in said and "Signal 9" not in said and "SIGKILL" not in said:
+    if KILLED not in said:
         return "rank 1 was not killed"
     return "; ".join(differences(run, golden))
 

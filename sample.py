@@ -142,7 +142,10 @@ def write(model: "GPT", tokenizer: "Tokenizer", prompts: list[str], args: argpar
     texts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     rows: list[list[Event]] = [[] for _ in texts]
     stream = len(texts) == 1 and not args.json
-    for event in complete(model, tokenizer, texts, sampling(args), args.max_tokens, seed=args.seed, stop=args.stop):
+    told = complete(
+        model, tokenizer, texts, sampling(args), args.max_tokens, seed=args.seed, stop=args.stop, logprobs=args.json
+    )
+    for event in told:
         signals.check()
         if stream:
             print(event.text if rows[0] else texts[0] + event.text, end="", flush=True)
@@ -265,6 +268,7 @@ def answer(
             stop=args.stop,
             stop_ids=ends,
             past=past,
+            logprobs=False,
         ):
             said += event.text
             print(event.text, end="", flush=True)
@@ -282,18 +286,20 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     prompts = [] if args.chat else read_prompts(args)
 
-    from gpt import run
+    with signals.loading():
+        from gpt import run
 
     path, description = run.resolve(args.source)
     note(description)
 
-    from gpt import hf, runtime
+    with signals.loading():
+        from gpt import hf, inference, runtime
 
     device = args.device or runtime.best_device()[0]
     runtime.check_device(device)
     runtime.setup(device, runtime.n_cores())
     model, tokenizer = hf.load(path)
-    model.to(device)
+    note(f"computed in {inference.ready(model, device)}")
     if args.chat:
         with suppress(KeyboardInterrupt):  # Ctrl-C at the prompt ends the conversation
             talk(model, tokenizer, args)

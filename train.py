@@ -50,16 +50,23 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="wait so long for a process that still holds the run, as one that is just being stopped",
     )
-    parser.add_argument("--plan", action="store_true", help="print what each way of training needs of memory, and stop")
     parser.add_argument(
-        "--memory", metavar="SIZE", help="with --plan: what there is, like 12GB; else what is free here"
+        "--plan", action="store_true", help="print what the run will take: work, memory, time, disk; and stop"
+    )
+    parser.add_argument("--device", metavar="NAME", help="with --plan: a machine that need not be here, like h100")
+    parser.add_argument("--devices", type=int, metavar="N", help="with --plan: how many of them")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="with --plan: what there is of each, like 12GB; else what it has free"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args, unknown = parser.parse_known_intermixed_args(argv)  # settings may follow flags
     if unknown:
         parser.error(f"unknown flag {unknown[0]}; settings have no dashes: section.key=value (--keys lists them)")
-    if args.memory is not None and not args.plan:
-        parser.error("--memory is what --plan fits settings into; say --plan too")
+    for name in ("memory", "device", "devices"):
+        if getattr(args, name) is not None and not args.plan:
+            parser.error(f"--{name} is what --plan plans for; say --plan too")
+    if args.devices is not None and args.devices < 1:
+        parser.error(f"--devices ({args.devices}) must be at least 1")
     if args.fresh and args.allow:
         parser.error("--fresh starts another run, which may have any settings: leave --allow out")
     if args.check_resume and (args.fresh or args.allow):
@@ -69,13 +76,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int | None:
     args = arguments(argv)
-    from rich.console import Console
-    from rich.table import Table
+    with signals.loading():
+        from rich.console import Console
 
-    from gpt import budget, config, memory, page, prepare, rehearsal, runtime
-    from gpt.trainer import TrainConfig, train
+        from gpt import config, runtime
+        from gpt.trainer import TrainConfig, train
 
     if args.keys is not None:
+        from rich.table import Table
+
         table = Table("setting", "type", "default", "meaning", box=None)
         for row in config.describe(TrainConfig, args.keys):
             table.add_row(*map(str, row))
@@ -89,6 +98,8 @@ def main(argv: list[str]) -> int | None:
         return None
     console = Console()
     if args.plan:
+        from gpt import budget, memory, page
+
         for block in budget.blocks(settings, None if args.memory is None else memory.size(args.memory)):
             page.draw(block, console)
         return None
@@ -100,9 +111,13 @@ def main(argv: list[str]) -> int | None:
                 raise ValueError(
                     f"{out} is not prepared; do that first, in one process: python data/prepare.py {recipe}"
                 )
+            from gpt import prepare
+
             console.print(f"{out} is not prepared yet: python data/prepare.py {recipe}", highlight=False)
             prepare.prepare(prepare.load_recipe(recipe, []), out, console=console)
     if args.check_resume:
+        from gpt import rehearsal
+
         return rehearsal.check(settings, console)
     train(settings, fresh=args.fresh, allow=args.allow, wait_lock=args.wait_lock, console=console)
     return None

@@ -68,11 +68,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    from rich.console import Console
-    from rich.table import Table
+    with signals.loading():
+        from rich.console import Console
+        from rich.table import Table
 
-    from gpt import config, prepare
-    from gpt.recipe import PrepareConfig, as_source
+        from gpt import config, prepare
+        from gpt.recipe import PrepareConfig, as_source
 
     console = Console()
     if args.keys:

@@ -4,8 +4,8 @@ Dimensions:  B batch rows   T query positions   S key positions   H query heads 
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,15 +13,18 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 Flex = Callable[..., Tensor]  # FlexAttention's kernel (Dong et al. 2024), compiled
+FEW = 16  # queries
 BLOCK = 128  # positions of a block mask's block: FlexAttention's own
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What a query may see: `allowed` (B, 1, T, S) bool, nothing later than itself if `causal` (T = S).
+    """What a query may see: `allowed` (B, 1, T, S) bool, nothing later than itself if `causal`: the queries are then the last
+    T of S, and unless they are all of them `allowed` says so too.
 
     `bias` (B or 1, H, T, S) is added to the scores. With `blocks` the kernel `flex` computes it, and skips what no query
-    of a block may see. The kernels take: written out and fused all but `blocks`, flex `blocks` alone.
+    of a block may see. The kernels take: written out and fused all but `blocks`, flex `blocks` alone. With `spans` some
+    rows after others attend, each under a mask of its own, to as many keys as are said with it.
     """
 
     causal: bool = True
@@ -29,6 +32,19 @@ class Mask:
     bias: Tensor | None = None
     blocks: BlockMask | None = None
     flex: Flex | None = None
+    spans: tuple[tuple[slice, int, "Mask"], ...] = ()
+
+
+def joined(spans: Iterable[tuple[slice, int, Mask]]) -> Mask:
+    """One mask of (rows, keys that they read, their mask); a bias in these is of all rows and keys."""
+    parts = tuple(spans)
+    if len(parts) == 1:
+        return parts[0][2]
+    return Mask(spans=tuple((rows, end, replace(mask, bias=_of(mask.bias, rows, end))) for rows, end, mask in parts))
+
+
+def _of(bias: Tensor | None, rows: slice, end: int) -> Tensor | None:
+    return bias if bias is None else bias[rows if len(bias) > 1 else slice(None), :, :, :end]
 
 
 def masked(
@@ -59,13 +75,24 @@ def masked(
     return Mask(causal=prefix is None, allowed=allowed, bias=bias)
 
 
-def masked_blocks(doc_ids: Tensor, flex: Flex, window: int | None = None) -> Mask:
-    """What `masked` allows inside documents, for `flex`: which blocks of keys a block of queries sees, from the ids in each."""
-    B, T = doc_ids.shape
-    n, reach = -(-T // BLOCK), window or T
-    padded = F.pad(doc_ids, (0, n * BLOCK - T), mode="replicate" if T else "constant").view(B, n, BLOCK)
+def masked_blocks(
+    n_tokens: int,
+    flex: Flex,
+    *,
+    doc_ids: Tensor | None = None,
+    window: int | None = None,
+    device: torch.device | None = None,
+) -> Mask:
+    """What `masked` allows inside documents and a window, for `flex`: which blocks of keys a block of queries sees.
+
+    Told from the ids in each block alone. Without documents all rows have one mask.
+    """
+    T, reach = n_tokens, window or n_tokens
+    ids = torch.zeros(1, T, dtype=torch.int64, device=device) if doc_ids is None else doc_ids
+    n = -(-T // BLOCK)
+    padded = F.pad(ids, (0, n * BLOCK - T), mode="replicate" if T else "constant").view(len(ids), n, BLOCK)
     low, high = padded.amin(dim=-1), padded.amax(dim=-1)  # (B, n)
-    first = torch.arange(n, device=doc_ids.device) * BLOCK
+    first = torch.arange(n, device=ids.device) * BLOCK
     apart = first[:, None] - first  # (queries, keys): from the first of one to the first of the other
     near = (apart >= 0) & (apart - BLOCK + 1 < reach)
     touching = (high[:, None] >= low[:, :, None]) & (low[:, None] <= high[:, :, None]) & near  # (B, queries, keys)
@@ -80,11 +107,15 @@ def masked_blocks(doc_ids: Tensor, flex: Flex, window: int | None = None) -> Mas
         order = blocks.int().argsort(dim=-1, descending=True, stable=True)
         return blocks.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
+    def near_enough(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (q - k < reach)
+
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (q - k < reach) & (doc_ids[b, q] == doc_ids[b, k])
+        return (q >= k) & (q - k < reach) & (ids[b, q] == ids[b, k])
 
     part, full = listed(touching & ~whole), listed(whole)
-    blocks = BlockMask.from_kv_blocks(*part, *full, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(T, T))
+    rule = near_enough if doc_ids is None else seen
+    blocks = BlockMask.from_kv_blocks(*part, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(T, T))
     return Mask(blocks=blocks, flex=flex)
 
 
@@ -92,10 +123,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v under `mask`: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
     Each group of H / G query heads shares a key/value head (Shazeer 2019; Ainslie et al. 2023). torch's fused kernel,
-    except on the CPU at lengths where writing the scores out is faster (measured: docs/experiments.md).
+    except on the CPU at lengths where writing the scores out is faster (measured: docs/experiments.md), and for one query
+    a row that does not see all keys, of which the fused kernels would copy every group's.
     """
+    if mask.spans:
+        return torch.cat([attend(q[rows], k[rows, :, :end], v[rows, :, :end], own) for rows, end, own in mask.spans])
     if mask.flex is not None:
         return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
+    if q.shape[2] == 1 and (q.device.type == "cpu" or mask.allowed is not None):
+        return written_out(q, k, v, mask)
     if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
         return written_out(q, k, v, mask)
     return F.scaled_dot_product_attention(
@@ -115,9 +151,9 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     parts = []
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
-        seen = stop if mask.causal else k.shape[2]
+        seen = k.shape[2] - T + stop if mask.causal else k.shape[2]
         rows = q[:, :, start:stop].reshape(B, G, -1, D)  # the H / G heads of a group, one below the other
-        scores = (rows @ k[:, :, :seen].mT).view(B, H, stop - start, seen)
+        scores = _products(rows, k[:, :, :seen]).view(B, H, stop - start, seen)
         if mask.bias is not None:
             scores = scores + mask.bias[:, :, start:stop, :seen].to(q.dtype)
         if (hidden := _hidden(mask, start, stop, seen, q.device)) is not None:
@@ -125,6 +161,12 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         weights = scores.softmax(dim=-1).view(B, G, -1, seen)
         parts.append((weights @ v[:, :, :seen]).view(B, H, stop - start, D))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _products(rows: Tensor, k: Tensor) -> Tensor:
+    """rows (B, G, n, D) k^T -> (B, G, n, S). Where few rows meet many keys these are read as they lie: turning them into
+    what the CPU's kernels want as a second factor costs more than the product (measured: docs/experiments.md)."""
+    return rows @ k.mT if rows.shape[2] > FEW else (k @ rows.mT).mT.contiguous()
 
 
 def _added(mask: Mask, q: Tensor, k: Tensor) -> Tensor:

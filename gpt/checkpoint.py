@@ -27,9 +27,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    from rich.console import Console
+    with signals.loading():
+        from rich.console import Console
 
-    from gpt import checkpoint
+        from gpt import checkpoint
 
     console = Console()
     for line in checkpoint.verified(args.path):

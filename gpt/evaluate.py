@@ -51,9 +51,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    from rich.console import Console
+    with signals.loading():
+        from rich.console import Console
 
-    from gpt import evaluate, page, run, runtime, tasks, texts
+        from gpt import evaluate, page, run, runtime, tasks, texts
 
     notes = Console(stderr=True)
 

@@ -12,13 +12,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.cache import KVCache
+from gpt.cache import KVCache, leave, spread
+from gpt.graphs import WORTH, Graphs
 from gpt.model import GPT
 from gpt.runtime import key
 from gpt.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "eos", "length"]
 DRAWN = 1 << 12  # random numbers of a row that are drawn at once
+PORTION = 1 << 10  # tokens of prompts that are read at once
+PASS = 16  # tokens whose products take as long as reading the weights
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def _nucleus_floor(probs: Tensor, top_p: float) -> Tensor:
 
 
 class Column(NamedTuple):
-    """One step of every row: the token and its log-probability under the model at temperature 1; None after its end."""
+    """One step of every row: the token and its log-probability under the model at temperature 1; None after its end, and
+    log-probabilities where nobody asked for them."""
 
     ids: list[int | None]
     logprobs: list[float | None]
@@ -115,7 +119,7 @@ class Past:
         whose logits are wanted. `row` is the past of what comes next."""
         if self.cache is None:
             self.cache = model.new_cache(1, max_len)
-        n_read = min(self.cache.longest, len(self.ids), len(row) - 1)
+        n_read = min(self.cache.host.longest, len(self.ids), len(row) - 1)
         both = enumerate(zip(self.ids[:n_read], row[:n_read], strict=True))
         n_read = next((i for i, (before, now) in both if before != now), n_read)
         if model.config.prefix_lm:
@@ -123,7 +127,7 @@ class Past:
         self.cache.rewind(torch.full_like(self.cache.lengths, n_read))
         if self.cache.max_len < max_len:
             wider = min(max(max_len, 2 * self.cache.max_len), model.config.max_seq_len or max_len)
-            self.cache = self.cache.spread(torch.zeros_like(self.cache.lengths), wider)
+            self.cache = spread(self.cache, torch.zeros_like(self.cache.lengths), wider)
         self.ids = row
         return self.cache, n_read
 
@@ -140,6 +144,7 @@ def generate(
     stop_ids: Collection[int],
     banned_ids: Collection[int] = (),
     past: Past | None = None,
+    logprobs: bool = True,
 ) -> Generator[Column, None, None]:
     """Continue each prompt (start token included) by up to `max_tokens` tokens, a column at a time.
 
@@ -147,50 +152,158 @@ def generate(
     and `banned_ids` are never drawn. Row r draws from `seed + r`: alone with that seed it is what it is in a batch. The
     model is in eval mode meanwhile and gets its mode back at the end. A prefix-LM reads each prompt both ways. With `past`,
     of a single row, what the prompt shares with what was read before is not read again, and the past goes on with this row.
+    Without `logprobs` all of them are None, and nothing is computed for them.
 
     A prompt must be shorter than the context (ValueError). When a row fills the context, the oldest half of its window
     is dropped, its first token kept, and the rest is read again.
     """
     rows = [list(prompt) for prompt in prompts]
-    n_prompt = [len(row) for row in rows]
     context = _check(model, rows, max_tokens)
-    device = model.lm_head.weight.device
-    vocabulary = torch.arange(model.lm_head.weight.shape[0], device=device)
-    banned = vocabulary >= n_tokens_valid
-    banned[sorted(banned_ids)] = True
+    device = model.model.embed_tokens.weight.device
+    banned = torch.tensor(sorted(id for id in banned_ids if id < n_tokens_valid), dtype=torch.int64, device=device)
     uniforms = _uniforms(seed, len(rows), max_tokens)
-    seen = torch.stack([torch.isin(vocabulary, torch.tensor(row, device=device)) for row in rows])
-    finished = [False] * len(rows)
-    max_len, n_read = min(context, max(map(len, rows)) + max_tokens), 0
-    if past is None:
-        cache = model.new_cache(len(rows), max_len)
-    else:
-        assert len(rows) == 1, "a past is of one row"
-        cache, n_read = past.begin(model, rows[0], max_len)
+    batch = _Batch(model, rows, context, max_tokens, past)
+    seen = None if sampling.repetition_penalty == 1 else _seen(model, batch)
 
     with _eval_mode(model):
-        logits = _prefill(model, cache, rows, n_prompt, n_read)
+        logits = batch.read()
         for step in range(max_tokens):
-            allowed = logits.masked_fill(banned, -math.inf)
-            if sampling.repetition_penalty != 1:
-                allowed = sampling.penalize(allowed, seen)
-            chosen = sampling.draw(allowed, next(uniforms).to(device))
-            seen.scatter_(1, chosen, True)
+            logits = logits.float()
+            likely = logits.log_softmax(-1) if logprobs else None
+            logits[:, n_tokens_valid:] = -math.inf
+            logits.index_fill_(1, banned, -math.inf)
+            if seen is not None:
+                logits = sampling.penalize(logits, seen)
+            chosen = sampling.draw(logits, next(uniforms)[batch.order].to(device))
+            if seen is not None:
+                seen.scatter_(1, chosen, True)
             ids = chosen[:, 0].tolist()
-            logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-            yield Column(
-                [None if done else token for token, done in zip(ids, finished, strict=True)],
-                [None if done else logprob for logprob, done in zip(logprobs, finished, strict=True)],
-            )
-            finished = [done or token in stop_ids for token, done in zip(ids, finished, strict=True)]
-            if all(finished):
-                return
+            yield batch.column(ids, None if likely is None else likely.gather(1, chosen)[:, 0].tolist())
+            if ended := [place for place, token in enumerate(ids) if token in stop_ids]:
+                if len(ended) == len(ids):
+                    return
+                moved = batch.leave(ended)
+                chosen, seen = chosen[moved], None if seen is None else seen[moved]
             if step + 1 < max_tokens:
-                if past is not None and len(rows[0]) == context:
-                    past.ids = []  # the row is about to lose its beginning; a stop meanwhile leaves nothing to go on from
-                logits = _extend(model, cache, rows, n_prompt, ids, chosen, context)
-                if past is not None:
-                    past.ids = rows[0]
+                logits = batch.extend(chosen)
+
+
+class _Batch:
+    """The rows that are still being written and what the model has read of them, in the order of their lengths."""
+
+    def __init__(self, model: GPT, rows: list[list[int]], context: int, max_tokens: int, past: Past | None) -> None:
+        self.model, self.rows, self.context, self.past = model, rows, context, past
+        self.n_prompt = [len(row) for row in rows]
+        self.order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # which row stands at each place
+        max_len, self.n_read = min(context, max(self.n_prompt) + max_tokens), 0
+        if past is None:
+            self.cache = model.new_cache(len(rows), max_len)
+        else:
+            assert len(rows) == 1, "a past is of one row"
+            self.cache, self.n_read = past.begin(model, rows[0], max_len)
+        captures = self.cache.lengths.is_cuda and max_tokens >= WORTH
+        self.graphs = Graphs(model, self.cache) if captures else None
+
+    def column(self, ids: list[int], logprobs: list[float] | None) -> Column:
+        """What stands at each place, by row."""
+        column = Column([None] * len(self.rows), [None] * len(self.rows))
+        for place, row in enumerate(self.order):
+            column.ids[row] = ids[place]
+            if logprobs is not None:
+                column.logprobs[row] = logprobs[place]
+        return column
+
+    def leave(self, places: list[int]) -> list[int]:
+        """The rows at these places are finished; from where each of the others comes."""
+        moved = leave(self.cache, places)
+        self.order = [self.order[place] for place in moved]
+        return moved
+
+    def read(self) -> Tensor:
+        """Read every prompt but for the `n_read` tokens that the cache holds of it; logits (n, V) after its last token."""
+        lengths = [len(self.rows[row]) for row in self.order]
+        features = [self._read(start, stop, self.n_read) for start, stop in alike(lengths)]
+        self.cache.rewind(torch.tensor(lengths))
+        return self.model.logits(torch.cat(features))
+
+    def _read(self, start: int, stop: int, n_read: int = 0) -> Tensor:
+        """Read the rows from place `start` to before `stop` from their token `n_read` on; features (n, C) of the last one.
+
+        One row is read in portions, so that what is computed at once is bounded; a prefix-LM's prompt, whose tokens see each
+        other, at once.
+        """
+        model, cache = self.model, self.cache.part(start, stop)
+        rows, device = [self.rows[row] for row in self.order[start:stop]], cache.lengths.device
+        n_prompt = torch.tensor([self.n_prompt[row] for row in self.order[start:stop]])[:, None]
+        longest = max(map(len, rows))
+        padded = torch.tensor([[*row[n_read:], *[0] * (longest - len(row))] for row in rows])
+        last = torch.tensor([len(row) - 1 for row in rows])
+        slots = torch.arange(n_read, longest)
+        prefix = (slots < n_prompt).to(device) if model.config.prefix_lm else None
+        at = slots.minimum(last[:, None]).to(device)  # padding goes no further
+        cache.rewind(torch.full((len(rows),), n_read))
+        portion = longest if prefix is not None else max(1, PORTION // len(rows))
+        for tokens, positions in zip(padded.to(device).split(portion, 1), at.split(portion, 1), strict=True):
+            features = model.features(tokens, positions, cache=cache, prefix=prefix)  # (n, T, C)
+        ends = last.to(device) - (longest - features.shape[1])
+        return features[torch.arange(len(rows), device=device), ends]
+
+    def extend(self, chosen: Tensor) -> Tensor:
+        """Append a token (n, 1) to each row and read it; logits (n, V). A row that no longer fits loses its oldest half."""
+        if self.past is not None and len(self.rows[0]) == self.context:
+            self.past.ids = []  # the row is about to lose its beginning; a stop meanwhile leaves nothing to go on from
+        for row, token in zip(self.order, chosen[:, 0].tolist(), strict=True):
+            self.rows[row].append(token)
+        if self.cache.host.longest == self.context:
+            self._shorten()
+        logits = (
+            self.model(chosen, cache=self.cache)[:, -1] if self.graphs is None else self.graphs.step(chosen, self.cache)
+        )
+        if self.past is not None:
+            self.past.ids = self.rows[0]
+        return logits
+
+    def _shorten(self) -> None:
+        """Rows longer than the context lose their oldest half but for their first token; what is left is read again, the
+        last token apart, which every row has yet to read."""
+        lengths = list(self.cache.host.known)
+        for place, row in enumerate(self.order):
+            ids = self.rows[row]
+            if len(ids) > self.context:
+                dropped = slice(1, len(ids) - self.context // 2)
+                self.n_prompt[row] = 1 + max(0, self.n_prompt[row] - dropped.stop)
+                del ids[dropped]
+                token = ids.pop()
+                self._read(place, place + 1)
+                lengths[place] = len(ids)
+                ids.append(token)
+        self.cache.rewind(torch.tensor(lengths))
+
+
+def _seen(model: GPT, batch: _Batch) -> Tensor:
+    """(n, V) bool: the tokens of each row of `batch`, in its order."""
+    weight = model.model.embed_tokens.weight
+    seen = torch.zeros(len(batch.order), len(weight), dtype=torch.bool, device=weight.device)
+    for place, row in enumerate(batch.order):
+        seen[place, batch.rows[row]] = True
+    return seen
+
+
+def alike(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows of these lengths, which only fall, in groups (start, stop) to be read together, the shorter ones padded.
+
+    A group has at most PORTION tokens, unless it is one row, and as much padding as reading apart would cost: what a pass
+    over the weights does, PASS tokens, or an eighth of it.
+    """
+    groups = [(0, 1)]
+    for row in range(1, len(lengths)):
+        start, size = groups[-1][0], (row + 1 - groups[-1][0]) * lengths[groups[-1][0]]
+        padding = size - sum(lengths[start : row + 1])
+        if size <= PORTION and padding <= max(PASS, size // 8):
+            groups[-1] = start, row + 1
+        else:
+            groups.append((row, row + 1))
+    return groups
 
 
 def _check(model: GPT, rows: Sequence[Sequence[int]], max_tokens: int) -> int:
@@ -218,52 +331,6 @@ def _uniforms(seed: int, n_rows: int, n_steps: int) -> Iterator[Tensor]:
         yield from torch.stack([torch.rand(n, generator=generator) for generator in generators], dim=1)[..., None]
 
 
-def _prefill(
-    model: GPT, cache: KVCache, rows: Sequence[Sequence[int]], n_prompt: Sequence[int], n_read: int = 0
-) -> Tensor:
-    """Read every row into `cache` but for the first `n_read` tokens, which it holds; logits (B, V) fp32 after each row's
-    last token.
-
-    In a prefix-LM the first `n_prompt` tokens of each row see each other.
-    """
-    lengths = torch.tensor([len(row) for row in rows], device=cache.lengths.device)
-    tokens = torch.zeros(len(rows), max(map(len, rows)) - n_read, dtype=torch.int64)
-    for row, ids in enumerate(rows):
-        tokens[row, : len(ids) - n_read] = torch.tensor(ids[n_read:])
-    cache.rewind(torch.full_like(lengths, n_read))
-    prefix = None
-    if model.config.prefix_lm:
-        prefix = (torch.arange(tokens.shape[1]) < torch.tensor(n_prompt)[:, None]).to(lengths.device)
-    slots = n_read + torch.arange(tokens.shape[1], device=lengths.device)
-    at = slots.minimum(lengths[:, None] - 1)  # padding goes no further
-    features = model.features(tokens.to(lengths.device), at, cache=cache, prefix=prefix)  # (B, T, C)
-    cache.rewind(lengths)  # what the padding wrote is forgotten
-    last = features[torch.arange(len(rows), device=lengths.device), lengths - 1 - n_read]
-    return model.logits(last).float()
-
-
-def _extend(
-    model: GPT,
-    cache: KVCache,
-    rows: list[list[int]],
-    n_prompt: list[int],
-    ids: list[int],
-    chosen: Tensor,
-    context: int,
-) -> Tensor:
-    """Append `ids` to the rows, and read them; logits (B, V) fp32. A row that no longer fits loses its oldest half."""
-    for row, token in zip(rows, ids, strict=True):
-        row.append(token)
-    if max(map(len, rows)) <= context:
-        return model(chosen, cache=cache)[:, -1].float()
-    for i, row in enumerate(rows):
-        if len(row) > context:
-            dropped = slice(1, len(row) - context // 2)
-            n_prompt[i] = 1 + max(0, n_prompt[i] - dropped.stop)
-            del row[dropped]
-    return _prefill(model, cache, rows, n_prompt)
-
-
 @contextmanager
 def _eval_mode(model: GPT) -> Iterator[None]:
     training = model.training
@@ -280,7 +347,7 @@ class Event:
 
     row: int
     id: int
-    logprob: float
+    logprob: float | None  # None where it was not asked for
     text: str
     finish_reason: FinishReason | None  # set on a row's last event
 
@@ -339,6 +406,7 @@ def complete(
     stop_ids: Collection[int] | None = None,
     banned_ids: Collection[int] | None = None,
     past: Past | None = None,
+    logprobs: bool = True,
 ) -> Iterator[Event]:
     """Continue prompts, given as text or as ids with the start token, as a stream of events: one per token and row.
 
@@ -359,11 +427,12 @@ def complete(
         stop_ids=ends,
         banned_ids=set(tokenizer.control_ids) - ends if banned_ids is None else banned_ids,
         past=past,
+        logprobs=logprobs,
     )
     with closing(columns):  # gives the model its mode back even if the reader leaves early
         for step, column in enumerate(columns, start=1):
             for row, (token, logprob) in enumerate(zip(column.ids, column.logprobs, strict=True)):
-                if token is None or logprob is None or rows[row].done:
+                if token is None or rows[row].done:
                     continue
                 end: FinishReason | None = "eos" if token in ends else "length" if step == max_tokens else None
                 yield Event(row, token, logprob, *rows[row].push(token, end))

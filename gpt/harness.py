@@ -50,7 +50,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    from gpt import harness, hf, run, runtime
+    with signals.loading():
+        from gpt import harness, hf, run, runtime
 
     path, described = run.resolve(args.source)
     sys.stderr.write(described + "\n")

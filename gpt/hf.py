@@ -41,9 +41,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    from rich.console import Console
+    with signals.loading():
+        from rich.console import Console
 
-    from gpt import compare, gguf, hf, page, run
+        from gpt import compare, gguf, hf, page, run
 
     console = Console()
     if args.verb == "gguf":

@@ -1,4 +1,6 @@
-"""Whether an update may be made: its numbers are finite, and none stands out from those before. Decides; explains nothing.
+"""Whether an update may be made: its numbers are finite, and none stands out from those before; float16's loss scale.
+
+Decides; explains nothing.
 
 A decision depends on the numbers of the step and on what a checkpoint holds of those before it, so a resumed run decides
 as one that was never stopped.
@@ -59,6 +61,37 @@ def finite(step: int, loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
     return numbers[0], numbers[1]
 
 
+class LossScale:
+    """By what the loss is multiplied before its gradient is taken in float16, which loses small numbers, and gradients are
+    divided by afterwards (Micikevicius et al. 2018); a power of two, so that neither rounds.
+
+    It doubles after so many updates; where gradients are too large for float16 it is halved, and the update made again.
+    """
+
+    START, PATIENCE = 2.0**16, 2000  # torch.amp's
+
+    def __init__(self, state: Sequence[float] = ()) -> None:
+        """`state` is what a checkpoint holds of it: the scale, and the updates since it last changed."""
+        value, good = state or (self.START, 0)
+        self.value, self.good = value, int(good)
+
+    @property
+    def state(self) -> list[float]:
+        return [self.value, self.good]
+
+    def too_large(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the gradient is not finite because of the scale, which is halved then; never at 1, or where the loss itself is
+        not finite. Waits for the device."""
+        loss_is, gradient_is = torch.stack((loss, grad_norm.to(loss))).isfinite().tolist()
+        if loss_is and not gradient_is and self.value > 1:
+            self.value, self.good = self.value / 2, 0
+            return True
+        self.good += 1
+        if self.good == self.PATIENCE:
+            self.value, self.good = self.value * 2, 0
+        return False
+
+
 Check = Callable[[int, Tensor, Tensor], object]  # raises Bad
 
 
@@ -98,11 +131,17 @@ class Spike:
 class Judge:
     """Says of each update whether it may be made. What it remembers goes into checkpoints.
 
-    `bad` are the numbers of the batches that were skipped or rolled back.
+    `bad` are the numbers of the batches that were skipped or rolled back; `scale` is there where gradients are float16.
     """
 
-    def __init__(self, config: NumbersConfig, recent: Iterable[Sequence[float]] = (), bad: Iterable[int] = ()) -> None:
-        self.config, self.bad = config, list(bad)
+    def __init__(
+        self,
+        config: NumbersConfig,
+        recent: Iterable[Sequence[float]] = (),
+        bad: Iterable[int] = (),
+        scale: LossScale | None = None,
+    ) -> None:
+        self.config, self.bad, self.scale = config, list(bad), scale
         self.recent: deque[tuple[float, float]] = deque(((a, b) for a, b in recent), RECENT)
         self.spike: Spike | None = None  # of the last update that was made
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt import signals
+from gpt.cache import spread
 from gpt.model import GPT
 
 NOT_FINITE = "a log-probability is not a number: the weights give numbers that are not finite"
@@ -88,7 +89,7 @@ def _parts(
 
 def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -> list[Score]:
     """The scores of `continuations`, which follow the prompts of a batch in its order."""
-    device = model.lm_head.weight.device
+    device = model.model.embed_tokens.weight.device
     prompts = [prompt for prompt, _ in batch]
     owner = torch.tensor([row for row, (_, group) in enumerate(batch) for _ in group], device=device)
     targets = _padded(continuations, -1).to(device)  # (n, T)
@@ -100,7 +101,7 @@ def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -
     features = read[torch.arange(len(prompts), device=device), lengths - 1][owner, None]  # (n, 1, C)
     if targets.shape[1] > 1:
         cache.rewind(lengths)
-        rows = cache.spread(owner, cache.max_len + targets.shape[1] - 1)
+        rows = spread(cache, owner, cache.max_len + targets.shape[1] - 1)
         features = torch.cat([features, model.features(targets[:, :-1].clamp(min=0), cache=rows)], dim=1)
     inside = targets >= 0
     logprobs, best = _looked_up(model, features[inside], targets[inside])
@@ -113,7 +114,7 @@ def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -
 def _looked_up(model: GPT, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Features (N, C), targets (N,) -> their log-probabilities fp32 and whether none is likelier, (N,) each."""
     logprobs, best = torch.empty(len(targets), device=targets.device), torch.empty_like(targets, dtype=torch.bool)
-    n = max(1, CHUNK_LOGITS // len(model.lm_head.weight))
+    n = max(1, CHUNK_LOGITS // model.model.embed_tokens.num_embeddings)
     for start in range(0, len(targets), n):
         part = slice(start, start + n)
         log_p = model.logits(features[part]).float().log_softmax(-1)

@@ -100,9 +100,10 @@ def decoded(data: bytes, where: str) -> str:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    from rich.console import Console
+    with signals.loading():
+        from rich.console import Console
 
-    from gpt import batches, cuts, durable, gaze, page
+        from gpt import batches, cuts, durable, gaze, page
 
     on_page = None  # the same blocks, unless a page has others
     if args.verb == "attention":

@@ -26,9 +26,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    from rich.console import Console
+    with signals.loading():
+        from rich.console import Console
 
-    from gpt import lora, run
+        from gpt import lora, run
 
     path, described = run.resolve(args.run)
     lora.merge(path, args.out)

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from gpt.config import Settings
 from gpt.data import IGNORED, Batch
-from gpt.model import GPT
+from gpt.model import GPT, product_dtype
 
-# Logits held at once: on the CPU 8 MB in fp32, which stay in its cache; on a GPU enough to keep it busy.
-CHUNK_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 27}
+# Logits held at once: many rows, since each chunk reads the head's weight and adds to its gradient. Of those, in fp32 at once:
+# on the CPU 8 MB, which stay in its cache.
+CHUNK_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
+PIECE_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 26}
 BETA = {"dpo": 0.1, "simpo": 2.0}  # of the papers; an average over tokens is smaller than a sum by the replies' length
 BETA_OF_AVERAGES = 5.0  # Lambert et al. 2024 (Tulu 3), table 20
 GAMMA = 1.0  # half of beta, in the middle of what Meng et al. 2024 search (section 4.2)
@@ -90,8 +92,26 @@ def n_terms(config: ObjectiveConfig, batch: Batch) -> int:
     return len((row + batch.doc_ids)[:, chosen][batch.targets[:, chosen] != IGNORED].unique())
 
 
+def _bent(logits: Tensor, targets: Tensor, softcap: float | None, slope: Tensor | None, vocabulary: "Whole") -> Tensor:
+    """(N,) nats of these targets under `logits` (N, V), which become their gradient times `slope` (N,) where that is given."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    index = torch.where(targets != IGNORED, targets, 0)[:, None]
+    if softcap is not None:
+        bent = torch.tanh(wide / softcap)
+        wide = softcap * bent
+    log_p = vocabulary.log_softmax(wide)
+    index, here = vocabulary.find(index, log_p)
+    nats = -vocabulary.sum(log_p.gather(1, index) * here)[:, 0]
+    if slope is not None:  # in place: each pass over new memory costs as much as its arithmetic
+        grad = log_p.exp_().scatter_add_(1, index, -here).mul_(slope[:, None])
+        logits.copy_(grad if softcap is None else grad.mul_(1 - bent.square()))
+    return nats
+
+
 class Whole:
     """The head's rows are all here; `parallel.Split` is the other kind."""
+
+    bent = staticmethod(_bent)  # what is made of a chunk of logits; `parallel` may put a compiled one here
 
     def rows(self, weight: Tensor) -> Tensor:
         """Those of the head's rows that are here."""
@@ -127,36 +147,30 @@ def _sweep(
 
     In fp32, or in float64 where the features are. Where some rows of the head are elsewhere grad_x is this part's share.
     """
-    exact = torch.promote_types(x.dtype, torch.float32)
-    nats = torch.empty(len(x), dtype=exact, device=x.device)
-    rows = max(1, CHUNK_LOGITS.get(x.device.type, 1 << 24) // len(w))
+    nats = torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    rows, few = (max(1, held.get(x.device.type, 1 << 24) // len(w)) for held in (CHUNK_LOGITS, PIECE_LOGITS))
     for start in range(0, len(x), rows):
-        here = slice(start, start + rows)
-        part, target = x[here], targets[here]
-        trained = target != IGNORED
-        index = torch.where(trained, target, 0)[:, None]
-        logits = (part @ w.T).to(exact)
-        slope = trained[:, None] if weights is None else (trained * weights[here])[:, None]
-        if softcap is not None:
-            bent = torch.tanh(logits / softcap)
-            logits, slope = softcap * bent, slope * (1 - bent.square())
-        log_p = vocabulary.log_softmax(logits)
-        index, found = vocabulary.find(index, log_p)
-        nats[here] = torch.where(trained, -vocabulary.sum(log_p.gather(1, index) * found)[:, 0], 0)
-        if grad_x is not None or grad_w is not None:
-            grad = log_p.exp().scatter_add(1, index, -found)
-            grad = (grad * slope).to(x.dtype)
-            if grad_x is not None:
-                grad_x[here] = grad @ w
-            if grad_w is not None:  # the frozen head of an adapter's base has none
-                grad_w += grad.T @ part
+        chunk = slice(start, start + rows)
+        logits = x[chunk] @ w.T
+        for at in range(start, start + len(logits), few):
+            here, piece = slice(at, min(at + few, chunk.stop)), logits[at - start : at - start + few]
+            trained = targets[here] != IGNORED
+            slope = (
+                None if grad_x is None and grad_w is None else trained if weights is None else trained * weights[here]
+            )
+            found = vocabulary.bent(piece, targets[here], softcap, slope, vocabulary)
+            nats[here] = torch.where(trained, found, 0)
+        if grad_x is not None:
+            grad_x[chunk] = logits @ w
+        if grad_w is not None:  # the frozen head of an adapter's base has none
+            (grad_w.add_ if start else grad_w.copy_)(logits.T @ x[chunk])
     return nats
 
 
 def _gradients(x: Tensor, weight: Tensor, for_x: bool, for_w: bool) -> tuple[Tensor | None, Tensor | None]:
     """Where `_sweep` puts what is asked for."""
     exact = torch.promote_types(weight.dtype, torch.float32)
-    return torch.empty_like(x) if for_x else None, torch.zeros_like(weight, dtype=exact) if for_w else None
+    return torch.empty_like(x) if for_x else None, torch.empty_like(weight, dtype=exact) if for_w else None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -188,8 +202,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
-        for_x = None if grad_x is None else (grad_x * grad_total).to(x_dtype)
-        for_w = None if grad_w is None else (grad_w * grad_total).to(w_dtype)
+        for_x = None if grad_x is None else grad_x.mul_(grad_total).to(x_dtype)  # in place: nobody else has them
+        for_w = None if grad_w is None else grad_w.mul_(grad_total).to(w_dtype)
         return for_x, for_w, None, None, None, None, None
 
 
@@ -239,8 +253,7 @@ def _headed(
 ) -> Tensor:
     """What `head` makes of the model's features of these rows and the targets, in autocast's dtype."""
     features = model.features(tokens, positions, doc_ids, prefix=prefix).flatten(0, 1)
-    device = features.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+    device, dtype = features.device.type, product_dtype(features)
     weight, softcap = vocabulary.rows(model.lm_head.weight), model.config.logit_softcap
     with torch.autocast(device, enabled=False):
         return head.apply(features, weight, targets.flatten(), softcap, dtype, torch.is_grad_enabled(), vocabulary)
@@ -300,7 +313,6 @@ class Preferences(nn.Module):
         super().__init__()
         assert (reference is None) == (config.kind == "simpo"), config.kind
         self.model, self.config, self.reference = model, config, reference
-        self.nats = nats  # what is compiled: the reference comes and goes around it
 
     def rewards(
         self,
@@ -315,10 +327,10 @@ class Preferences(nn.Module):
         both_ways = None if prefix is None else prefix.reshape(2 * B, T)
         ids, learned, places, documents = (x.reshape(2 * B, T) for x in (tokens, targets, positions, doc_ids))
         given = ids, learned, places, documents, both_ways
-        log_p = -self.nats(self.model, *given)
+        log_p = -nats(self.model, *given)
         if self.reference is not None:
             with torch.no_grad(), self.reference() as frozen:
-                of_reference = self.nats(frozen, *given)
+                of_reference = nats(frozen, *given)
             log_p = log_p + of_reference  # token by token, since sums are large and their difference small
         halves = doc_ids.view(B, 2, T)
         pair = halves - halves[..., :1]  # documents are counted through both halves

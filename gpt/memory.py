@@ -6,7 +6,7 @@ are the run's, and what they hold is counted as it comes and goes. Blocks are al
 
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -23,8 +23,12 @@ from gpt.adapters import AdapterConfig
 from gpt.attention import Mask
 from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
 from gpt.model import GPT, ModelConfig
+from gpt.operations import Tally
 from gpt.optim import OptimConfig, Optimizer
+from gpt.ranks import Ranks
 
+LOOK = torch.ops.prim.device.default
+HOLES = 0.4  # on a CPU: glibc's heap, full of small blocks that stay (docs/experiments.md)
 SPARE = 0.1  # of the memory, left to what no tensor of ours holds: the GPU's context, kernels' work space, gaps
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # torchao's: elements of the least matrix, and of a block with one scale
 EIGHT_BIT_STEP = 54  # bytes an element of the largest matrix while torchao takes its step (measured)
@@ -42,7 +46,8 @@ PARTS = {  # of the parameters: what stands in a name
 class Need:
     """Bytes. `activations` wait for their gradient; `work` comes on top of them for a moment: logits, one block's backward.
 
-    `step` is what the optimizer takes on top, when there are no activations any more.
+    `step` is what the optimizer takes on top, when there are no activations any more. `summed`: gradients are added to those
+    of earlier micro-batches; those of a single one come as the activations go.
     """
 
     weights: int
@@ -51,10 +56,26 @@ class Need:
     activations: int
     work: int
     step: int
+    summed: bool = True
+    holes: float = 0.0  # of what comes and goes in a pass, what an allocator cannot use again
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + max(self.activations + self.work, self.step)
+        """The most at any moment."""
+        amid, after = round((1 + self.holes) * (self.activations + self.work)), self.gradients + self.step
+        return self.weights + self.optimizer + max(amid + (self.gradients if self.summed else 0), after)
+
+
+BYTES = tuple(part.name for part in fields(Need) if part.name not in ("summed", "holes"))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: bytes that wait for the backward pass, most bytes on top of them, and what was called."""
+
+    activations: int
+    work: int
+    calls: Tally
 
 
 class Alive(TorchDispatchMode):
@@ -64,8 +85,11 @@ class Alive(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()
+        self.calls = Tally()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is LOOK:  # by far the most, and nothing
+            return func(*args, **(kwargs or {}))
         given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -73,6 +97,7 @@ class Alive(TorchDispatchMode):
                 storage = _storage(tensor)
                 if storage._cdata not in given | self.known:
                     self._add(storage)
+        self.calls.add(func, args, kwargs, made)
         return made
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -95,29 +120,40 @@ class _Fused(torch.autograd.Function):
     """What a fused attention kernel holds: its inputs, its answer and a sum for each query, never the scores."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        answer = torch.empty_like(q)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: Tally) -> Tensor:
+        answer, ctx.calls = torch.empty_like(q), calls
+        calls.attention(q, k, backward=False)
         ctx.save_for_backward(q, k, v, answer, q.new_empty(q.shape[:3], dtype=torch.float32))
         return answer
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        ctx.calls.attention(q, k, backward=True)
+        return *map(torch.empty_like, (q, k, v)), None
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    return _Fused.apply(q, k, v)
+def _fused(calls: Tally, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    return _Fused.apply(q, k, v, calls)
+
+
+def _chunk(device: str) -> int:
+    """Logits that the loss makes at once on `device`."""
+    return loss.CHUNK_LOGITS.get(device.partition(":")[0], loss.CHUNK_LOGITS["cpu"])
 
 
 @contextmanager
 def _as_on(device: str) -> Iterator[None]:
     """The loss takes as many logits at once as it will on `device`: tensors without storage all stand on the CPU."""
-    kind, before = device.partition(":")[0], loss.CHUNK_LOGITS["cpu"]
-    loss.CHUNK_LOGITS["cpu"] = loss.CHUNK_LOGITS.get(kind, before)
+    kind, held = device.partition(":")[0], (loss.CHUNK_LOGITS, loss.PIECE_LOGITS)
+    before = [each["cpu"] for each in held]
+    for each in held:
+        each["cpu"] = each.get(kind, each["cpu"])
     try:
         yield
     finally:
-        loss.CHUNK_LOGITS["cpu"] = before
+        for each, n in zip(held, before, strict=True):
+            each["cpu"] = n
 
 
 @dataclass(frozen=True)
@@ -131,6 +167,7 @@ class Setting:
     optim: OptimConfig
     adapter: AdapterConfig | None = None
     checkpointing: str = "none"
+    summed: bool = True  # an update is several micro-batches
     documents: bool = False  # rows hold several, with attention inside each
     objective: ObjectiveConfig = field(
         default_factory=ObjectiveConfig
@@ -138,16 +175,58 @@ class Setting:
 
 
 def need(config: ModelConfig, setting: Setting) -> Need:
-    """Bytes that an update of a model of this shape takes, gradients of earlier micro-batches included."""
-    if _differ(setting.adapter):
-        return _measured(config, setting)
-    one, two = (_measured(_shallow(config, depth), setting) for depth in (1, 2))
+    """Bytes that an update of a model of this shape takes."""
+    return at_depth(config, [_measured(shape, setting) for shape in samples(config, setting.adapter)])
 
-    def at_depth(name: str) -> int:
-        first, second = getattr(one, name), getattr(two, name)
-        return first + (config.n_layer - 1) * (second - first)
 
-    return replace(Need(**{part.name: at_depth(part.name) for part in fields(Need)}), work=two.work)
+def needs(config: ModelConfig, setting: Setting) -> Callable[[int], Need]:
+    """`need` as a function of the rows of a micro-batch: a straight line from where several chunks of logits are made."""
+    first = max(2, -(-3 * _chunk(setting.device) // ((config.vocab_size or 1) * setting.seq_len)))
+
+    def of(rows: int) -> Need:
+        if rows <= first + 1:
+            return need(config, replace(setting, rows=rows))
+        one, two = (need(config, replace(setting, rows=few)) for few in (first, first + 1))
+        return _line(one, two, rows - first)
+
+    return of
+
+
+def at_most(config: ModelConfig, setting: Setting, rows: int) -> int:
+    """More bytes than such an update takes, by a count in a second's millionth: where they fit nothing need be gone through."""
+    C, F, H, D, T, L = config.d_model, config.d_hidden, config.n_head, config.d_head, setting.seq_len, config.n_layer
+    V, sides = config.vocab_size or 0, 2 if setting.objective.of_pairs else 1
+    token = L * (4 * (40 * C + 16 * F + 24 * H * D) + 20 * H * T)  # kept for the gradient, if all were fp32
+    logits = 8 * min(sides * rows * T * V, _chunk(setting.device))
+    once = (
+        4 * V * 4 * C + 40 * H * T * T + logits + (1 << 27)
+    )  # the head's gradient, a bias of the scores, work in pieces
+    parameters = V * C * 2 + (config.max_seq_len or 0) * C + L * (4 * C * H * D + 3 * C * F)
+    return sides * rows * T * (token + 80 * C + 8 * T) + once + 32 * sides * parameters
+
+
+def samples(config: ModelConfig, adapter: AdapterConfig | None = None) -> list[ModelConfig]:
+    """The shapes that are gone through to know what a model takes: its first block and its first two, since all are alike."""
+    return [config] if _differ(adapter) else [_shallow(config, depth) for depth in (1, min(2, config.n_layer))]
+
+
+def at_depth(config: ModelConfig, found: list[Need]) -> Need:
+    """What the whole model takes, from what its `samples` do."""
+    if len(found) == 1:
+        return found[0]
+    one, two = found
+    return replace(_line(one, two, config.n_layer - 1), work=two.work)
+
+
+def _line(first: Need, second: Need, steps: int) -> Need:
+    """Where the line from `first` through `second` is after so many steps."""
+
+    def at(name: str) -> int:
+        start = getattr(first, name)
+        return start + steps * (getattr(second, name) - start)
+
+    found: dict[str, Any] = {name: at(name) for name in BYTES}
+    return replace(first, **found)
 
 
 def _differ(adapter: AdapterConfig | None) -> bool:
@@ -162,58 +241,64 @@ def _shallow(config: ModelConfig, depth: int) -> ModelConfig:
     return config.model_copy(update={"n_layer": depth, **kept})
 
 
-def _dressed(config: ModelConfig, setting: Setting) -> GPT:
+def bare(config: ModelConfig, adapter: AdapterConfig | None = None) -> GPT:
+    """The model as it is trained, of tensors without storage."""
+    with FakeTensorMode():
+        return _dressed(config, adapter)
+
+
+def _dressed(config: ModelConfig, adapter: AdapterConfig | None) -> GPT:
     """The model as it is trained: its base as it is kept, its adapter on."""
     model = GPT(config).train()
-    if setting.adapter is not None:
-        if setting.adapter.base_dtype != "fp32":
-            quantize.quantized(model, setting.adapter.base_dtype, quantize.blank)
-        adapters.put_on(model, setting.adapter)
+    if adapter is not None:
+        if adapter.base_dtype != "fp32":
+            quantize.quantized(model, adapter.base_dtype, quantize.blank)
+        adapters.put_on(model, adapter)
     return model
 
 
 def _measured(shape: ModelConfig, setting: Setting) -> Need:
     """`need` of a model so shallow that it is gone through."""
-    activations, work = _passed(shape, replace(setting, optim=OptimConfig()))
-    with FakeTensorMode():
-        model = _dressed(shape, setting)
-        held = {
-            _storage(tensor)._cdata: _storage(tensor).nbytes() for tensor in (*model.parameters(), *model.buffers())
-        }
-        trained = _trained(model)
-        state, step = _optimizer(model, trained, setting.optim)
-        copies = 2 if setting.objective.kind == "dpo" and setting.adapter is None else 1  # the reference is one
-        return Need(
-            weights=copies * sum(held.values()),
-            gradients=sum(_bytes(parameter) for parameter in trained),
-            optimizer=state,
-            activations=activations,
-            work=work,
-            step=step,
-        )
+    passed, moved = walked(shape, setting), stepped(shape, setting)
+    copies = 2 if setting.objective.kind == "dpo" and setting.adapter is None else 1  # the reference is one
+    return Need(
+        weights=copies * moved.weights,
+        gradients=moved.gradients,
+        optimizer=moved.state,
+        activations=passed.activations,
+        work=passed.work,
+        step=moved.work,
+        summed=setting.summed,
+        holes=HOLES if setting.device == "cpu" else 0.0,
+    )
 
 
-@lru_cache
-def _passed(shape: ModelConfig, setting: Setting) -> tuple[int, int]:
-    """(bytes that wait for the backward pass, most bytes on top of them) of one forward and backward pass."""
+def walked(shape: ModelConfig, setting: Setting) -> Pass:
+    """One forward and backward pass of a model that is gone through whole."""
+    return _passed(shape, replace(setting, optim=OptimConfig(), summed=True))
+
+
+@lru_cache(maxsize=64)
+def _passed(shape: ModelConfig, setting: Setting) -> Pass:
+    alive = Alive()
     with FakeTensorMode(), _as_on(setting.device):
-        model = reference = _dressed(shape, setting)
+        model = reference = _dressed(shape, setting.adapter)
         if setting.objective.kind == "dpo" and setting.adapter is None:
             reference = GPT(shape).eval().requires_grad_(False)
         if setting.device.startswith("cuda") and shape.position != "relative":  # a bias needs the scores
             for each in (model, reference):
-                each.model.mask = lambda *_: Mask(flex=_fused)  # type: ignore[method-assign]
+                each.model.mask = lambda *_: Mask(flex=partial(_fused, alive.calls))  # type: ignore[method-assign]
         objective = _objective(model, reference, setting)
         forward = parallel.applied(objective, compile=False, checkpointing=setting.checkpointing)
         of_pairs = setting.objective.of_pairs
         row = torch.zeros(setting.rows, setting.seq_len * (2 if of_pairs else 1), dtype=torch.int64)
         _give_gradients(_trained(model))
-        with Alive() as alive:
+        with alive:
             with runtime.autocast("cpu", setting.dtype):
                 nats = forward(*[row] * (4 if setting.documents or of_pairs else 2))
             activations = alive.now
             nats.backward()
-        return activations, alive.peak - activations
+        return Pass(activations, alive.peak - activations, alive.calls)
 
 
 def _objective(model: GPT, reference: GPT, setting: Setting) -> Objective:
@@ -232,21 +317,49 @@ def _frozen(model: GPT, reference: GPT) -> Iterator[GPT]:
         yield reference
 
 
-def _optimizer(model: GPT, trained: Sequence[Tensor], config: OptimConfig) -> tuple[int, int]:
-    """(bytes of its state, most bytes on top during a step), of the parameters that are trained."""
-    optimizer = Optimizer(model, config.model_copy(update={"state": "fp32"}))
-    _give_gradients(trained)
-    optimizer.step(1.0)  # makes the state
-    _give_gradients(trained)
-    with Alive() as alive:
-        optimizer.step(1.0)
-    state = sum(_bytes(tensor) for tensor in optimizer.state().values())
-    if config.state == "fp32":
-        return state, alive.peak
-    sizes = [p.numel() for p, name in optimizer.names.items() if p.dim() == 2 and ".layers." in name]
-    packed = [n for n in sizes if n >= EIGHT_BIT_FROM and n % EIGHT_BIT_BLOCK == 0]  # torchao leaves the others alone
-    per_matrix = sum(2 * (n + 4 * n // EIGHT_BIT_BLOCK + 4 * 256) for n in packed)
-    return state - 8 * sum(packed) + per_matrix, EIGHT_BIT_STEP * max(packed, default=0)
+@dataclass(frozen=True)
+class Step:
+    """An optimizer's step: bytes of the weights, their gradients, its state and what it takes on top; what was called."""
+
+    weights: int
+    gradients: int
+    state: int
+    work: int
+    calls: Tally
+
+
+def stepped(shape: ModelConfig, setting: Setting) -> Step:
+    """The step, gradients clipped, of a model that is gone through whole."""
+    return _stepped(shape, setting.optim, setting.adapter)
+
+
+@lru_cache(maxsize=64)
+def _stepped(shape: ModelConfig, config: OptimConfig, adapter: AdapterConfig | None) -> Step:
+    with FakeTensorMode():
+        model = _dressed(shape, adapter)
+        held = {_storage(each)._cdata: _storage(each).nbytes() for each in (*model.parameters(), *model.buffers())}
+        trained = _trained(model)
+        optimizer = Optimizer(model, config.model_copy(update={"state": "fp32"}))
+        _give_gradients(trained)
+        optimizer.step(1.0)  # makes the state
+        _give_gradients(trained)
+        with Alive() as alive:
+            Ranks().agreed(optimizer, torch.zeros(()))
+            before = alive.now
+            alive.peak = before
+            optimizer.step(1.0)
+        weights, gradients = sum(held.values()), sum(map(_bytes, trained))
+        state = sum(_bytes(tensor) for tensor in optimizer.state().values())
+        state += gradients if config.ema is not None else 0  # the average is as large
+        if config.state == "fp32":
+            return Step(weights, gradients, state, alive.peak - before, alive.calls)
+        sizes = [p.numel() for p, name in optimizer.names.items() if p.dim() == 2 and ".layers." in name]
+        packed = [
+            n for n in sizes if n >= EIGHT_BIT_FROM and n % EIGHT_BIT_BLOCK == 0
+        ]  # torchao leaves the others alone
+        per_matrix = sum(2 * (n + 4 * n // EIGHT_BIT_BLOCK + 4 * 256) for n in packed)
+        state = state - 8 * sum(packed) + per_matrix
+        return Step(weights, gradients, state, EIGHT_BIT_STEP * max(packed, default=0), alive.calls)
 
 
 def _trained(model: GPT) -> list[Tensor]:
@@ -271,7 +384,7 @@ def parameters(config: ModelConfig, setting: Setting) -> dict[str, int]:
     depths = (config.n_layer,) if _differ(setting.adapter) else (1, 2)
     for depth in depths:
         with FakeTensorMode():
-            model = _dressed(_shallow(config, depth), setting)
+            model = _dressed(_shallow(config, depth), setting.adapter)
         found = dict.fromkeys([*PARTS, "adapter"], 0)
         for name, parameter in model.named_parameters():
             part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))

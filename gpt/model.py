@@ -10,15 +10,15 @@ Inside attention tensors are (B, heads, positions, D). Parameters carry the name
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt.attention import Flex, Mask, attend, masked, masked_blocks
-from gpt.cache import KVCache
+from gpt.attention import Flex, Mask, attend, joined, masked, masked_blocks
+from gpt.cache import KVCache, visible
 from gpt.config import Count, Settings
 from gpt.positions import Angles, At, Learned, Position, RelativeBias, RopeScaling, Rotary, Sinusoidal, keep, rotate
 
@@ -147,6 +147,14 @@ def position_of(config: ModelConfig) -> Position:
     return parts[config.position](config.max_seq_len)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of x: autocast's, or that of x."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast knows no such device
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * gain, computed in at least fp32 and returned in the dtype of x (Zhang and Sennrich 2019)."""
 
@@ -196,10 +204,14 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), rotated to their positions."""
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(B, T, -1, self.d_head)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(B, T, -1, self.d_head)
-        v = self.v_proj(x).view(B, T, -1, self.d_head)
+        return self.placed(self.q_proj(x), self.k_proj(x), self.v_proj(x), angles)
+
+    def placed(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the three projections gave, (B, T, heads * D) each, as `project` returns it."""
+        B, T, _ = q.shape
+        q = self.q_norm(q.view(B, T, -1, self.q_normed)).view(B, T, -1, self.d_head)
+        k = self.k_norm(k.view(B, T, -1, self.k_normed)).view(B, T, -1, self.d_head)
+        v = v.view(B, T, -1, self.d_head)
         return *self.turn(q.transpose(1, 2), k.transpose(1, 2), angles), v.transpose(1, 2)
 
     def forward(self, x: Tensor, angles: Angles | None, mask: Mask, cache: KVCache | None, at: Tensor | None) -> Tensor:
@@ -210,10 +222,21 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its approximation (Hendrycks and Gimpel 2016, section 2), as GPT-1 and GPT-2 compute it."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """The same, since (1 + tanh(z)) / 2 = sigmoid(2 z): what a compiler makes of it takes a CPU half the time."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+
+
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # Hendrycks and Gimpel 2016, as GPT-1 and GPT-2 compute it
+    "gelu_tanh": gelu_tanh,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021
 }
@@ -291,11 +314,6 @@ class OutputNormBlock(Block):
 BLOCKS: dict[str, type[Block]] = {"pre": Block, "post": PostNormBlock, "output": OutputNormBlock}
 
 
-def computed(block: nn.Module, *given: Any) -> Tensor:
-    """The block's answer, and all that its gradient needs kept until then."""
-    return block(*given)
-
-
 class Decoder(nn.Module):
     """Tokens to features: everything but the output head."""
 
@@ -310,8 +328,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(BLOCKS[config.norm_at](config, layer) for layer in range(config.n_layer))
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
         self.norm = nn.Identity() if config.norm_at == "post" else norm_of(config, config.d_model)
-        self.flex: Flex | None = None  # a kernel for attention inside documents, where one is applied
-        self.through: Callable[..., Tensor] = computed  # how a block is gone through: what is kept for its gradient
+        self.flex: Flex | None = None  # a kernel for documents and windows, where one is applied
 
     def forward(
         self,
@@ -322,7 +339,7 @@ class Decoder(nn.Module):
         prefix: Tensor | None = None,
     ) -> Tensor:
         T, device = tokens.shape[1], tokens.device
-        total = T if cache is None else cache.longest + T
+        total = T if cache is None else cache.end(T)
         if total > self.max_seq_len:
             raise ValueError(f"{total} tokens do not fit the model's context (max_seq_len {self.max_seq_len})")
         slots = None if cache is None else cache.positions(T)  # of the cache's rows
@@ -332,8 +349,9 @@ class Decoder(nn.Module):
         angles, bias = self.position.angles(at), self.position.bias(queries, keys)
         masks = {window: self.mask(window, bias, tokens, doc_ids, cache, slots, prefix) for window in set(self.windows)}
         x = self.dropout(self.embed_norm(self.position.embed(self.embed_tokens(tokens), at)))  # (B, T, C)
+        x = x.to(product_dtype(x))  # the stream itself: each projection would copy what it reads into that dtype
         for block, window in zip(self.layers, self.windows, strict=True):
-            x = self.through(block, x, angles, masks[window], cache, slots)
+            x = block(x, angles, masks[window], cache, slots)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
@@ -351,10 +369,16 @@ class Decoder(nn.Module):
         """What these queries see: inside documents, over the cache, within the window, with the scores' bias."""
         if cache is not None and not cache.empty:
             assert slots is not None and doc_ids is None and prefix is None, "a cache holds one document a row"
-            return Mask(causal=False, allowed=cache.visible(slots, window), bias=bias)
-        if self.flex is not None and doc_ids is not None and prefix is None and bias is None:
-            return masked_blocks(doc_ids, self.flex, window)
-        return masked(tokens.shape[1], doc_ids=doc_ids, window=window, prefix=prefix, bias=bias, device=tokens.device)
+            T = tokens.shape[1]
+            return joined(
+                (rows, end, Mask(causal=T > 1, allowed=visible(cache, slots, window, rows, end), bias=bias))
+                for rows, end in cache.spans(T)
+            )
+        T, device = tokens.shape[1], tokens.device
+        hiding = doc_ids is not None or (cache is None and window is not None and window < T)
+        if self.flex is not None and hiding and prefix is None and bias is None:
+            return masked_blocks(T, self.flex, doc_ids=doc_ids, window=window, device=device)
+        return masked(T, doc_ids=doc_ids, window=window, prefix=prefix, bias=bias, device=device)
 
 
 class Softcap(nn.Module):
@@ -412,7 +436,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache of this model's shape, device and dtype."""
-        c, weight = self.config, self.lm_head.weight
+        c, weight = self.config, self.model.embed_tokens.weight
         return KVCache(c.n_layer, batch, c.n_group, max_len, c.d_head, weight.device, weight.dtype)
 
 

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 
 from gpt.optim import Here
-from gpt.ranks import Ranks
+from gpt.ranks import Ranks, is_divided
 from gpt.slices import Slice
 
 
@@ -121,9 +120,7 @@ class Parts(Here):
         for key, tensor in named.items():
             name, _, kind = key.partition(":")
             layout, block = self.layouts[name], self.block(key)
-            assert block is not None and tuple(tensor.shape) == (
-                block[1] if not isinstance(tensor, DTensor) else layout.shape
-            ), key
+            assert block is not None and tuple(tensor.shape) == (layout.shape if is_divided(tensor) else block[1]), key
             free = [(self.ranks.at.replicate, self.ranks.n.replicate)]
             if kind != "momentum_buffer":
                 free += [(at, n) for at, n, dim in (
@@ -183,7 +180,7 @@ class Parts(Here):
         for handle, name in self._handles.items():
             parameter = self.parameters[name]
             handle.data, gradient = _local(parameter), parameter.grad
-            if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+            if gradient is not None and is_divided(gradient) and is_divided(parameter):
                 gradient = gradient.redistribute(placements=parameter.placements)  # parts of a sum are added up
             handle.grad = None if gradient is None else _local(gradient)
             parameter.grad = None
@@ -231,7 +228,7 @@ class Parts(Here):
 
 
 def _layout(parameter: Tensor) -> Layout:
-    if not isinstance(parameter, DTensor):
+    if not is_divided(parameter):
         return Layout(parameter.shape)
     found: dict[str, int] = {}
     for axis, placement in zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True):
@@ -244,7 +241,7 @@ def _layout(parameter: Tensor) -> Layout:
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's block of a tensor, or all of one that is not in parts."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local().detach() if is_divided(tensor) else tensor.detach()
 
 
 def _index(block: Block | None) -> tuple[slice, ...]:

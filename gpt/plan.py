@@ -3,32 +3,22 @@
 The record is written to config.yaml before the first update and obeyed on resume, so a resumed run repeats it.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
-from gpt import runtime, signals
+from gpt import machines, runtime, signals
 from gpt.config import Count, Duration, Settings
-from gpt.model import GPT, ModelConfig
+from gpt.model import GPT
 
-COMPILE_PAYS_AFTER_S = (
-    150.0  # compiling costs 15-30 s on two cores and saves 10-25 % of each step (docs/experiments.md)
-)
+COMPILE_PAYS_AFTER_S = 150.0  # compiling costs 6-28 s on two cores, saves about 10 % of a step (docs/experiments.md)
+# FLOPs of a pass through one layer and back below which a second thread costs more than it saves: for threads that wait
+# awake for a moment, and for such as sleep (docs/experiments.md).
+WORTH_WAKING = {False: 5e8, True: 5e9}
 CPU_MICRO_BATCH_TOKENS = 4096  # larger micro-batches leave the CPU's caches and gain nothing
-
-# Dense bf16 peaks of the data sheets, FLOP/s.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "A10G": 70e12,
-    "L4": 121e12,
-}
 
 
 class TrainingConfig(Settings):
@@ -44,14 +34,17 @@ class TrainingConfig(Settings):
         "auto", description="rows of one forward pass, a divisor of the batch's rows"
     )
     device: str = Field("auto", description="cpu, cuda, mps or auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of matrix products; weights stay fp32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="dtype of matrix products; weights stay fp32; float16, with a loss scale, is for GPUs without bfloat16",
     )
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile; auto: where it repays its own time")
-    checkpointing: Literal["none", "full"] = Field(
-        "none", description="full: keep of each block what it reads, and compute it again for its gradient"
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what is computed again for a block's gradient; full: all but what it reads; selective: what is cheap, so that "
+        "products of matrices and attention are kept",
     )
-    threads: Literal["auto"] | int = Field("auto", description="CPU threads; auto: every core")
+    threads: Literal["auto"] | int = Field("auto", description="CPU threads; auto: every core, or one for small models")
     hang: Duration | None = Field(
         1800.0,
         gt=0,
@@ -59,6 +52,11 @@ class TrainingConfig(Settings):
         "and saves may take 4 times as long; null: never",
     )
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better val_bpb")
+    profile: int | None = Field(
+        None,
+        ge=1,
+        description="updates to trace into trace.json.gz, once they are steady; the largest costs are printed",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,7 +80,10 @@ class Choices(Settings):
     threads: int = Field(description="CPU threads")
     steps: int = Field(description="updates of the whole run")
     data: str = Field(description="fingerprint of the data set, or of all of a mixture")
-    attention: str = Field("dense", description="kernel of attention inside documents: flex or dense")
+    attention: str = Field("dense", description="kernel of attention inside documents and windows: flex or dense")
+    fused: Literal["any", "flash", "cudnn"] = Field(
+        "any", description="torch's fused attention kernel that is tried first; any: in torch's own order"
+    )
     reference: str | None = Field(None, description="fingerprint of the weights that answers are compared with")
     torch: str = Field(description="version of torch")
     cpu: str = Field(description="kind of CPU")
@@ -107,26 +108,26 @@ def share_of_cores() -> int:
     return max(1, runtime.n_cores() // runtime.local_world_size())
 
 
+def threads_for(model: GPT, tokens: int, seq_len: int, threads: int) -> int:
+    """So many, or one, where the operations of `tokens` tokens are over before another thread is awake."""
+    of_a_layer = tokens * flops_per_token(model, seq_len) / max(1, model.config.n_layer)
+    return threads if of_a_layer >= WORTH_WAKING[runtime.threads_sleep()] else 1
+
+
 def fixed_steps(config: TrainingConfig) -> int | None:
     """Updates that steps or tokens ask for; None with a time budget."""
     return config.steps if config.tokens is None else -(-config.tokens // config.batch_tokens)
 
 
-def micro_batch(
-    config: TrainingConfig, model: ModelConfig, n_rows: int, seq_len: int, device: str, *, steady: bool = False
-) -> int:
-    """Rows of one forward pass: as set, or the largest divisor of `n_rows` whose activations fit; `steady`: on any machine."""
+def micro_batch(config: TrainingConfig, n_rows: int, row_tokens: int, device: str, fits: Callable[[int], bool]) -> int:
+    """Rows of one forward pass: as set, or the largest divisor of `n_rows` that fits and that a CPU's caches can use."""
     if config.micro_batch != "auto":
         if n_rows % config.micro_batch:
             raise ValueError(f"train.micro_batch ({config.micro_batch}) must divide the batch's {n_rows} rows")
         return config.micro_batch
-    # About 34 d bytes a layer and token in bf16 for a 4 d MLP (Korthikanti et al. 2022), twice that for fp32 copies;
-    # the head works in chunks. Checkpointing keeps one block's, and an fp32 copy of the stream before each.
-    kept = 68 * model.n_layer if config.checkpointing == "none" else 68 + 4 * model.n_layer
-    bytes_per_token = kept * model.d_model
-    tokens = CPU_MICRO_BATCH_TOKENS if steady else runtime.free_memory_bytes(device) // 2 // bytes_per_token
-    tokens = min(tokens, CPU_MICRO_BATCH_TOKENS) if device == "cpu" else tokens
-    return max((rows for rows in range(1, n_rows + 1) if n_rows % rows == 0 and rows * seq_len <= tokens), default=1)
+    most = CPU_MICRO_BATCH_TOKENS // row_tokens if device == "cpu" else n_rows
+    divisors = (rows for rows in range(min(n_rows, most), 1, -1) if n_rows % rows == 0)
+    return next((rows for rows in divisors if fits(rows)), 1)
 
 
 def choose(
@@ -138,6 +139,7 @@ def choose(
     threads: int,
     data: str,
     attention: str = "dense",
+    fused: Literal["any", "flash", "cudnn"] = "any",
     extra: Callable[[float], float],
     elapsed: Callable[[], float],
     measure: Measure,
@@ -154,14 +156,14 @@ def choose(
     seconds = 0.0
     if config.compile == "auto" and device == "cpu":
         if not timed:
-            rows, seconds = _fitting(measure, rows, False, note)
+            rows, seconds = fitting(measure, rows, False, note)
         expected = config.time or seconds * (fixed_steps(config) or 0)
         compiled = expected > COMPILE_PAYS_AFTER_S and missing is None
         why = missing or f"about {expected:.0f} s of training {'repay' if compiled else 'do not repay'} compiling"
         note(f"compile: {'yes' if compiled else 'no'} ({why})")
     if compiled:
         try:
-            rows, seconds = _fitting(measure, rows, True, note)
+            rows, seconds = fitting(measure, rows, True, note)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ImportError) as error:
@@ -171,7 +173,7 @@ def choose(
             note(f"compile: no, running eagerly (it failed: {reason})")
             compiled, seconds = False, 0.0
     if timed and not compiled:
-        rows, seconds = _fitting(measure, rows, False, note)
+        rows, seconds = fitting(measure, rows, False, note)
     steps = fixed_steps(config) or 1
     if config.time is not None:
         left = config.time - elapsed()
@@ -186,12 +188,13 @@ def choose(
         steps=steps,
         data=data,
         attention=attention,
+        fused=fused,
         torch=runtime.torch_version(),
         cpu=runtime.cpu_kind(),
     )
 
 
-def _fitting(measure: Measure, rows: int, compiled: bool, note: Callable[[str], None]) -> tuple[int, float]:
+def fitting(measure: Measure, rows: int, compiled: bool, note: Callable[[str], None]) -> tuple[int, float]:
     """Halve the micro-batch until one update fits in memory; (rows, seconds of an update)."""
     while True:
         try:
@@ -203,14 +206,14 @@ def _fitting(measure: Measure, rows: int, compiled: bool, note: Callable[[str], 
             note(f"micro_batch: out of memory, trying {rows} rows")
 
 
-def n_parameters(model: GPT) -> int:
+def n_parameters(model: nn.Module) -> int:
     """Parameters, a tied matrix counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_s(model: GPT) -> float:
+def save_s(n_trained: int) -> float:
     """Seconds of a save, about: 12 bytes a trained parameter at 300 MB/s."""
-    return 12 * n_trained(model) / 3e8
+    return 12 * n_trained / 3e8
 
 
 def n_trained(model: GPT) -> int:
@@ -244,5 +247,5 @@ def peak_flops(device: str) -> float | None:
     """The data sheet's bf16 peak of this GPU, None where we know none."""
     if not device.startswith("cuda"):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+    machine = machines.of_card(torch.cuda.get_device_name(device))
+    return None if machine is None else machine.peak

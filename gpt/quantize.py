@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt import runtime
-from gpt.model import GPT
+from gpt.model import GPT, product_dtype
 
 Kind = Literal["bf16", "int8", "int4"]
 GROUP = 32  # columns of int4 that share a scale
@@ -73,8 +73,7 @@ class FrozenLinear(nn.Module):
         return SPREAD[self.kind](*self.stored).float()
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         product = FrozenProduct.apply(x, self.kind, dtype, *self.stored)
         return product if self.bias is None else product + self.bias.to(dtype)
 

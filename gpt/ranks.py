@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from itertools import islice
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeGuard, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt import signals
@@ -25,6 +24,9 @@ from gpt.config import Settings
 from gpt.model import ModelConfig
 from gpt.optim import Optimizer
 from gpt.team import Team
+
+if TYPE_CHECKING:  # it takes a second to import, and of one process there is none
+    from torch.distributed.tensor import DTensor
 
 Forward = Callable[..., Tensor]  # NextToken.forward's arguments
 PATIENCE_S = 600  # with a rank from which nothing is heard
@@ -265,15 +267,17 @@ class Ranks:
             parameter.grad = gradient
         return total
 
-    def agreed(self, optimizer: Optimizer, loss: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-        """(loss of the whole batch, gradient norm before clipping): on every rank the same, gradients clipped by it.
+    def agreed(self, optimizer: Optimizer, loss: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(loss of the whole batch, gradient norm): on every rank the same; the optimizer clips by it as it takes its step.
 
-        Whether to stop is agreed upon along with them, so that ranks wait for each other once.
+        Gradients are `scale` times what they should be, and are made right. Whether to stop is agreed upon along with
+        them, so that ranks wait for each other once.
         """
-        limit = clip or math.inf
         optimizer.here.take()
+        if scale != 1:
+            torch._foreach_mul_([h.grad for h in optimizer.names if h.grad is not None], 1 / scale)
         if self.alone:
-            return loss, torch.nn.utils.clip_grad_norm_(optimizer.names, limit)
+            return loss, _norm(optimizer)
         told = torch.zeros(3, dtype=torch.float64, device=loss.device)
         told[2] = signals.stop_requested() is not None
         if not self.canonical:
@@ -282,15 +286,10 @@ class Ranks:
             copies = torch.tensor([n for _, n in held], dtype=torch.float64, device=loss.device)
             told[0], told[1] = loss / self.n.tensor, (norms.square() / copies).sum()
         distributed.all_reduce(told)
-        if self.canonical:
-            norm = torch.nn.utils.clip_grad_norm_(optimizer.names, limit)
-        else:
-            shrink = (limit / (told[1].sqrt() + 1e-6)).clamp(max=1.0).float()
-            torch._foreach_mul_([grad for grad, _ in held], shrink)
         total, square, stop = told.tolist()
         self._stopping = stop > 0
         if self.canonical:
-            return loss, norm
+            return loss, _norm(optimizer)
         return torch.tensor(total, dtype=torch.float32), torch.tensor(math.sqrt(square), dtype=torch.float32)
 
     # One evaluation
@@ -321,6 +320,11 @@ def _together(sets: Tensor) -> Any:
     return group
 
 
+def _norm(optimizer: Optimizer) -> Tensor:
+    """Of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in optimizer.names if p.grad is not None])
+
+
 def _coordinates(rank: int, n: Sizes) -> tuple[int, int, int]:
     return rank // (n.shard * n.tensor), rank // n.tensor % n.shard, rank % n.tensor
 
@@ -332,9 +336,14 @@ def _held_back(forward: Forward, more: bool) -> AbstractContextManager[None]:
     """Gradients of a micro-batch after which `more` come need not be told to other copies yet."""
     if isinstance(forward, DistributedDataParallel) and more:
         return forward.no_sync()
-    if isinstance(forward, FSDPModule):
-        forward.set_requires_all_reduce(not more)
+    if all_reduce := getattr(forward, "set_requires_all_reduce", None):  # of FSDP2's
+        all_reduce(not more)
     return nullcontext()
+
+
+def is_divided(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether ranks hold blocks of it."""
+    return hasattr(tensor, "to_local")
 
 
 def apart(forward: Forward) -> AbstractContextManager[None]:

@@ -104,7 +104,7 @@ def _legs(given: TrainConfig) -> TrainConfig:
         "eval": given.eval.model_copy(update={"every": STEPS // 2, "tokens": given.data.seq_len}),
         "checkpoint": given.checkpoint.model_copy(update={"every": sys.maxsize, "keep": 2}),
         "log": given.log.model_copy(update={"every": 1, "sample_every": None, "wandb": None}),
-        "train": given.train.model_copy(update={"patience": None}),
+        "train": given.train.model_copy(update={"patience": None, "profile": None}),
     }
     choices, own = given.choices, RUNS / given.name / "config.yaml"
     if own.exists():
@@ -156,7 +156,7 @@ def _leg(given: TrainConfig, home: Path, name: str, updates: int) -> None:
 
 def _work(text: str, home: str, updates: int, saying: Any) -> None:
     """What a leg's process does; its exit code is the verb's."""
-    signals.end_with_parent()
+    signals.end_with(multiprocessing.parent_process())
     code = signals.DONE
     try:
         given = TrainConfig.model_validate_json(text)

@@ -27,10 +27,11 @@ from gpt.team import Team
 # Every setting is of one of three kinds. What stands in neither list is what makes the run what it is: never another one.
 FREE = (  # changes no update, or only how it is rounded; the data set is known by its fingerprint
     "name", "choices", "history", "data.path", "log", "checkpoint", "eval.every", "train.micro_batch",
-    "numbers", "train.hang", "parallel.replicate", "parallel.shard", "parallel.tensor",
+    "numbers", "train.hang", "train.profile", "parallel.replicate", "parallel.shard", "parallel.tensor",
 )  # fmt: skip
 BY_NAME = (  # changes updates to come, their rounding or what scores mean; with --allow KEY
-    "optim.lr", "optim.adamw_lr", "optim.weight_decay", "optim.betas", "optim.momentum", "optim.clip", "schedule",
+    "optim.lr", "optim.adamw_lr", "optim.weight_decay", "optim.cautious", "optim.scheduled_decay", "optim.betas", "optim.momentum",
+    "optim.momentum_warmup", "optim.clip", "optim.ema", "schedule",
     "train.steps", "train.tokens", "train.time", "train.patience", "model.dropout", "adapter.dropout", "eval.tokens",
     "train.device", "train.dtype", "train.compile", "train.threads", "train.checkpointing",
 )  # fmt: skip

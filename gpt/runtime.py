@@ -3,6 +3,7 @@
 This is the only room that reads the environment. It decides nothing that a setting decides.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -11,14 +12,17 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils import deterministic
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# mallopt(3): no mappings for large blocks; the heap never shrinks, and grows by this much at once.
+MALLOC = {-4: 0, -1: -1, -2: 64 << 20}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def key(seed: int, step: int, purpose: str, micro_batch: int = 0) -> int:
@@ -95,12 +99,22 @@ def cpu_flags() -> set[str]:
 def best_dtype(device: str) -> tuple[str, str]:
     """The fastest dtype for matrix products on `device` that trains safely, and why."""
     if device.startswith("cuda"):
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-        return ("bfloat16", "the GPU computes it natively") if native else ("float32", "the GPU has no fast bfloat16")
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return "bfloat16", "the GPU computes it natively"
+        if capability >= (7, 0):  # Volta and Turing: tensor cores for float16 alone
+            return "float16", "the GPU has no fast bfloat16; with a loss scale"
+        return "float32", "the GPU has no fast 16-bit products"
     if device == "cpu":
         fast = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"})
         return ("bfloat16", f"the CPU has {fast[0]}") if fast else ("float32", "the CPU has no bfloat16 instructions")
     return "float32", f"bfloat16 is not measured on {device}"
+
+
+def threads_sleep() -> bool:
+    """Whether OpenMP's threads sleep as soon as they have nothing to do: to wake one takes tens of microseconds."""
+    spins = os.environ.get("GOMP_SPINCOUNT")
+    return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" if spins is None else spins == "0"
 
 
 def compiler_missing() -> str | None:
@@ -132,7 +146,20 @@ def setup(device: str, threads: int) -> None:
     # The public call imports the compiler, a second, to tell it too; `parallel.applied` does that where something compiles.
     torch._C._set_deterministic_algorithms(device == "cpu")
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _keep_freed_memory()
     _private_compiler_cache()
+
+
+def _keep_freed_memory() -> None:
+    """What an update frees stays with the process, and the next one finds it there (glibc; elsewhere nothing happens).
+
+    By default large tensors go back to the system when they are freed, and come again page by page, each filled with zeros:
+    up to a third of a step (docs/experiments.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in MALLOC.items():
+            mallopt(parameter, value)
 
 
 def _private_compiler_cache() -> None:
@@ -151,6 +178,11 @@ def _private_compiler_cache() -> None:
 def autocast(device: str, dtype: str) -> AbstractContextManager[None]:
     """Matrix products in `dtype`, weights and reductions in fp32."""
     return torch.autocast(device.partition(":")[0], DTYPES[dtype], enabled=dtype != "float32")
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, compiled anew for each shape that it is given."""
+    return torch.compile(function, dynamic=False)
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -173,6 +205,13 @@ def synchronize(device: str) -> None:
     """Wait for the device; needed around timings."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def hush_profiler() -> None:
+    """Before its first start: torch's profiler does not tell on stderr when it begins and ends."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -181,6 +220,14 @@ def peak_memory_bytes(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def free_memory_bytes(device: str) -> int:

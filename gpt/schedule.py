@@ -1,4 +1,7 @@
-"""The learning rate as a function of the step, and when things are due. Stored nowhere: the step is the only clock."""
+"""What changes with the step (learning rate, momentum, how long an average remembers), and when things are due.
+
+Stored nowhere: the step is the only clock.
+"""
 
 import math
 from typing import Literal, Self
@@ -8,6 +11,7 @@ from pydantic import Field, model_validator
 from gpt.config import Settings
 
 WSD_DECAY = 0.4
+MOMENTUM = 0.85  # where a momentum that is warmed up begins
 
 
 class ScheduleConfig(Settings):
@@ -51,6 +55,19 @@ def factor(config: ScheduleConfig, step: int, steps: int) -> float:
     if config.kind == "cosine":
         shape = 0.5 - 0.5 * math.cos(math.pi * shape)
     return config.floor + (1 - config.floor) * shape
+
+
+def momentum(peak: float, warmup: int, step: int | None) -> float:
+    """Muon's momentum in update `step`, counted from 1: up to `peak` by even steps in `warmup` updates; None is after them."""
+    begin = min(MOMENTUM, peak)
+    return peak if step is None or step > warmup else begin + (peak - begin) * (step - 1) / warmup
+
+
+def kept(half_life: float, step: int, steps: int) -> float:
+    """How much of itself an average of weights keeps in update `step`, counted from 1: half in `half_life` updates (below 1: a
+    fraction of the steps), and less while it has seen few, so that it forgets what weights began as."""
+    updates = half_life * steps if half_life < 1 else half_life
+    return min(0.5 ** (1 / updates), step / (step + 9))
 
 
 def due(step: int, every: int | None, steps: int | None = None) -> bool:

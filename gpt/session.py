@@ -9,14 +9,15 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import Tensor
 
-from gpt import adapters, doctor, durable, families, hf, plan, resume, runtime, settle, signals
+from gpt import adapters, doctor, durable, families, hf, inference, plan, resume, runtime, settle, signals
 from gpt import config as settings
+from gpt.averages import Average
 from gpt.checkpoint import ADAPTER_WEIGHTS, Checkpoints, load_state, owners
 from gpt.data import Batch, Data, Loader, Window, merged, numbered
 from gpt.doctor import Doctor, Finding
 from gpt.evaluate import Evaluation, Preferred, evaluate, prefer, views
 from gpt.generate import Sampling, complete
-from gpt.judge import Bad, Judge
+from gpt.judge import Bad, Judge, LossScale
 from gpt.log import Log
 from gpt.loss import Objective, Preferences
 from gpt.model import GPT
@@ -46,6 +47,7 @@ class State:
     recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last updates
     bad: list[int] = field(default_factory=list)  # numbers of the batches that were skipped or rolled back
     skipped: list[list[int]] = field(default_factory=list)  # windows of batches that no update reads
+    scale: list[float] = field(default_factory=list)  # float16's loss scale, and updates since it changed
 
 
 class Examined(FloatingPointError):
@@ -65,6 +67,7 @@ class Session:
     loader: Loader
     objective: Objective
     optimizer: Optimizer
+    average: Average
     elapsed: Callable[[], float]  # seconds of training, over all resumes
     base: hf.Base | None  # what an adapter stands on
     parts: Parts  # of the model, that this rank holds
@@ -106,7 +109,7 @@ class Session:
         """
         self.at = step
         try:
-            how = (self.config, self.choices, step, self.parts.ranks, self.judge)
+            how = (self.config, self.choices, step, self.parts.ranks, self.judge, self.judge.scale)
             numbers = self.update(self.forward, self.optimizer, batch, *how)
         except Bad as bad:
             finding = self._examine(bad, batch)
@@ -117,6 +120,7 @@ class Session:
             return None
         finally:
             self.watch.begun()
+        self.average.follow(step)
         if self.judge.spike is not None:
             self._tell(self.health.spiked(step, self.judge.spike), step)
         return numbers
@@ -208,8 +212,6 @@ class Session:
     def report(self, step: int, loss: Tensor, grad_norm: Tensor, steps_per_s: float) -> None:
         """Log update `step`; the only place where training waits for metrics."""
         config, rate = self.config, steps_per_s * self.config.train.batch_tokens
-        reference = config.objective.kind == "dpo"
-        flops = rate * plan.flops_per_token(self.objective.model, config.data.seq_len, reference=reference)
         peak = plan.peak_flops(self.choices.device)
         self.log.train(
             step,
@@ -218,11 +220,23 @@ class Session:
             lr=config.optim.lr * factor(config.schedule, step, self.choices.steps),
             grad_norm=float(grad_norm),
             tokens_per_second=rate,
-            mfu=flops / (peak * self.team.size) if peak else None,
+            mfu=steps_per_s * self.flops() / peak if peak else None,
             elapsed_s=self.elapsed(),
             peak_memory_bytes=runtime.peak_memory_bytes(self.choices.device),
         )
         self._tell(self.health.trained(step, float(loss), float(grad_norm)), step)
+
+    def flops(self) -> float:
+        """This rank's share of an update's FLOPs."""
+        reference, seq_len = self.config.objective.kind == "dpo", self.config.data.seq_len
+        each = plan.flops_per_token(self.objective.model, seq_len, reference=reference)
+        return each * self.config.train.batch_tokens / self.team.size
+
+    def disturbed(self, step: int) -> bool:
+        """Whether anything beside a report is due after update `step`."""
+        config = self.config
+        every = (config.checkpoint.every, config.eval.every, config.log.sample_every)
+        return any(due(step, each, self.choices.steps) for each in every)
 
     def save(self, step: int) -> None:
         """Begin to write the checkpoint of `step`, if it is not there, and then to let go of those that are neither new nor best.
@@ -235,18 +249,11 @@ class Session:
             return
         back = self._anchor(step + 1) if self.config.numbers.on_bad == "rollback" else None
         best = best_of(self.scores, [*steps, step])
-        with self.watch.saving():
+        held = (self.state(step), self.parts, self.data, self.base, self.average)
+        with self.watch.saving(), self.average.shown():
             self.writer.begin(
                 self.saves.path(step),
-                **contents(
-                    self.config,
-                    self.objective.model,
-                    self.optimizer,
-                    self.state(step),
-                    self.parts,
-                    self.data,
-                    self.base,
-                ),
+                **contents(self.config, self.objective.model, self.optimizer, *held),
                 before=self.log.sync,
                 after=partial(self.saves.prune, best, back, whole=step),
             )
@@ -254,7 +261,8 @@ class Session:
     def state(self, step: int) -> State:
         """What a checkpoint of `step` says of where it stands."""
         recent, skipped = [list(pair) for pair in self.judge.recent], [list(window) for window in self.loader.skipped]
-        return State(step, self.tokens(step), self.elapsed(), recent, list(self.judge.bad), skipped)
+        scale = [] if self.judge.scale is None else self.judge.scale.state
+        return State(step, self.tokens(step), self.elapsed(), recent, list(self.judge.bad), skipped, scale)
 
     def best(self) -> int | None:
         """The step of the best checkpoint."""
@@ -270,12 +278,14 @@ class Session:
         sampling = step > 0 and due(step, config.log.sample_every, steps) and not self.parts.ranks.n.in_parts
         try:
             if evaluating and step not in self.scores:
-                self._evaluate(step)
+                with self.average.shown():
+                    self._evaluate(step)
             if evaluating and step:
                 epochs = max((times for _, times in self.loader.epochs(step)), default=0.0)
                 self._tell(self.health.evaluated(step, self.scores, epochs), step)
             if sampling and step not in self.sampled:
-                self._sample(step)
+                with self.average.shown():
+                    self._sample(step)
         except signals.Stopped:
             self.stop(step)
 
@@ -323,7 +333,10 @@ class Session:
         if self.team.first:
             try:
                 text = tokenizer.decode(asked[1:])
-                for event in complete(model, tokenizer, [asked], Sampling(), SAMPLE_TOKENS, seed=seed, stop_ids=ends):
+                writer = inference.beside(model, self.choices.dtype)
+                for event in complete(
+                    writer, tokenizer, [asked], Sampling(), SAMPLE_TOKENS, seed=seed, stop_ids=ends, logprobs=False
+                ):
                     signals.check()
                     text += event.text
             except signals.Stopped as stop:
@@ -346,14 +359,16 @@ def contents(
     parts: Parts,
     data: Data,
     base: hf.Base | None,
+    average: Average | None = None,
     most: int | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds, as `checkpoint.save` takes it: of weights and optimizer state what this rank writes.
 
-    `most`: bytes of weights, and of a rank's optimizer state, that are enough.
+    `average`: which is shown, if there is one. `most`: bytes of weights, and of a rank's optimizer state, that are enough.
     """
     told: dict[str, Any] = {"run_yaml": settings.dump(config), "state": asdict(state)}
-    told["optimizer"] = portion(parts.slices(optimizer.state()), most)
+    beside = {} if average is None else average.state()
+    told["optimizer"] = portion(parts.slices(optimizer.state() | beside), most)
     team = parts.ranks.team
     if config.adapter is not None and base is not None:
         files = hf.adapter_files(model, data.tokenizer, config.adapter, base)
@@ -400,4 +415,6 @@ def kept(run: RunDirectory, config: TrainConfig, state: State) -> tuple[Judge, l
     """(the judge, the windows of data that are left out) as a checkpoint and the run's record of windows have them."""
     windows = run.skipped()
     bad = sorted({*state.bad, *(last for _, last in windows)})
-    return Judge(config.numbers, state.recent, bad), merged([*state.skipped, *windows])
+    fp16 = config.choices is not None and config.choices.dtype == "float16"
+    judge = Judge(config.numbers, state.recent, bad, LossScale(state.scale) if fp16 else None)
+    return judge, merged([*state.skipped, *windows])

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gpt import adapters, durable, growth, hf, parallel, plan, quantize, resume, runtime, signals
+from gpt import adapters, division, durable, growth, hf, memory, parallel, plan, quantize, resume, runtime, signals
 from gpt import config as settings
 from gpt.adapters import AdapterConfig
 from gpt.checkpoint import SETTINGS, CheckpointConfig, Checkpoints, serialize
@@ -38,6 +38,8 @@ RUNS = Path("runs")
 PROBE_UPDATES = 6
 PROBE_SHARE = 0.03  # of a time budget: a shared machine's speed of one second says little about the next
 REPEATS = 4  # epochs past which repeated text teaches much less than new text would (Muennighoff et al. 2023)
+
+ALONE = Sizes()
 
 Say = Callable[[str], None]
 
@@ -81,15 +83,7 @@ class TrainConfig(Settings):
 
 def check(given: TrainConfig) -> None:
     """ValueError for what cannot be trained here, before anything is made for it."""
-    if given.train.batch_tokens % row_length(given):
-        twice = (
-            "twice data.seq_len, a row of chosen and one of rejected replies"
-            if given.objective.of_pairs
-            else "data.seq_len"
-        )
-        raise ValueError(
-            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of {twice} ({row_length(given)})"
-        )
+    check_batch(given)
     if given.objective.of_pairs and given.init_from is None:
         raise ValueError(
             f"objective.kind={given.objective.kind} teaches a model that can answer which answers are preferred: name it, "
@@ -102,6 +96,19 @@ def check(given: TrainConfig) -> None:
     if given.train.device != "auto":
         runtime.check_device(given.train.device)
     _check_ranks(given, sizes(given.parallel, runtime.world_size()), runtime.world_size())
+
+
+def check_batch(given: TrainConfig) -> None:
+    """ValueError unless an update is whole rows."""
+    if given.train.batch_tokens % row_length(given):
+        twice = (
+            "twice data.seq_len, a row of chosen and one of rejected replies"
+            if given.objective.of_pairs
+            else "data.seq_len"
+        )
+        raise ValueError(
+            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of {twice} ({row_length(given)})"
+        )
 
 
 def _check_ranks(given: TrainConfig, n: Sizes, world: int) -> None:
@@ -307,6 +314,16 @@ def machine(config: TrainConfig) -> tuple[str, str, int, str]:
     return plan.machine(config.train.model_copy(update={"threads": 1}) if one else config.train)
 
 
+def threads(config: TrainConfig, model: GPT) -> int:
+    """CPU threads of a new run."""
+    device, _, most, _ = machine(config)
+    if device != "cpu" or config.train.threads != "auto":
+        return most
+    micro_batch, seq_len = config.train.micro_batch, config.data.seq_len
+    fitting = max(seq_len, min(config.train.batch_tokens, plan.CPU_MICRO_BATCH_TOKENS))
+    return plan.threads_for(model, fitting if micro_batch == "auto" else seq_len * micro_batch, seq_len, most)
+
+
 def device(config: TrainConfig) -> str:
     """Where the run computes: as it was started, or as it will be."""
     return machine(config)[0] if config.choices is None else config.choices.device
@@ -349,10 +366,10 @@ def build(config: TrainConfig, source: GPT | None, say: Say, *, in_parts: bool =
     return model
 
 
-def check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT) -> None:
+def check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT, ema: float | None = None) -> None:
     """OSError unless the run's checkpoints, with one more while it is written, fit on the disk."""
     to_come = max(0, keep + 1 - len(saves.steps())) + 1
-    durable.check_space(run.path, to_come * 12 * plan.n_trained(model))
+    durable.check_space(run.path, to_come * (12 if ema is None else 16) * plan.n_trained(model))
 
 
 def fill(
@@ -469,6 +486,9 @@ def settle(
     if moved:
         fill()
     _report(data, loader, choices.steps, say)
+    if (half_life := config.optim.ema) is not None:
+        updates = half_life * choices.steps if half_life < 1 else half_life
+        say(f"weights: an average of them with a half-life of {updates:.0f} updates is evaluated and saved")
     return config
 
 
@@ -492,7 +512,7 @@ def trial(
     ranks, told = parts.ranks, parts.ranks.team.told
     how: dict[str, Any] = {"compile": choices.compile, "checkpointing": config.train.checkpointing}
     forward = parallel.applied(objective, **how, ranks=ranks)
-    optimizer = Optimizer(objective.model, config.optim, parts)
+    optimizer = Optimizer(objective.model, config.optim, parts, compile=choices.compile)
     step, start = 0, time.perf_counter()
     while step < n or told(time.perf_counter() - start < enough_s):
         ranks.check()
@@ -561,61 +581,127 @@ def _choose(
 
     `made` gets the optimizer of the last of them.
     """
-    device, dtype, threads, _ = machine(config)
+    device, dtype, most, _ = machine(config)
     model, attention, ranks = objective.model, "dense", parts.ranks
     told, dtype = ranks.team.told, ranks.team.told(dtype)
-    if config.data.document_mask:
+    if (n_threads := threads(config, model)) < most:
+        say(f"threads: {n_threads} (another would be awake when operations of this size are over)")
+        runtime.setup(device, n_threads)
+    if config.data.document_mask or config.model.window is not None:
         attention, why = _kernel(model, ranks)
-        say(f"attention inside documents: {why}")
+        say(f"attention inside {'documents' if config.data.document_mask else 'windows'}: {why}")
+    fused, why = told(parallel.fused_kernel(config.model, device, runtime.DTYPES[dtype], config.data.seq_len))
+    if device.startswith("cuda"):
+        say(f"attention: {fused} ({why})")
 
-    def measure(micro_batch: int, compile: bool) -> float:
+    def measure(micro_batch: int, compile: bool, n: int = PROBE_UPDATES) -> float:
         choices = Choices(
             device=device,
             dtype=dtype,
-            threads=threads,
+            threads=n_threads,
             micro_batch=micro_batch,
             compile=compile,
             steps=PROBE_UPDATES,
             data=data.fingerprint,
             attention=attention,
+            fused=fused,
             torch=runtime.torch_version(),
             cpu=runtime.cpu_kind(),
         )
         made.clear()  # its memory is the next one's
         enough_s = PROBE_SHARE * (config.train.time or 0)
-        seconds, optimizer = trial(config, choices, objective, loader, update, PROBE_UPDATES, enough_s, parts)
+        seconds, optimizer = trial(config, choices, objective, loader, update, n, enough_s, parts)
         made.append(optimizer)
         return told(seconds)
 
-    def extra(update_s: float) -> float:
-        """An evaluated token costs a third of a trained one."""
-        evaluation = update_s / 3 * evaluated(views(data), config.eval.tokens) / config.train.batch_tokens
-        return evaluation / config.eval.every + plan.save_s(model) / config.checkpoint.every
-
+    n_evaluated = evaluated(views(data), config.eval.tokens)
     train, share = config.train, rows(config) // ranks.n.n_data
     if config.parallel.canonical:  # what ranks and machines have no say in
         train = train.model_copy(update={"compile": False if train.compile == "auto" else train.compile})
         share = rows(config)
-    fitting = plan.micro_batch(train, config.model, share, row_length(config), device, steady=config.parallel.canonical)
-    return plan.choose(
+    choices = plan.choose(
         train,
-        rows=told(fitting),
+        rows=told(_rows_that_fit(config, train, model, ranks, share, device, dtype)),
         device=device,
         dtype=dtype,
-        threads=threads,
+        threads=n_threads,
         data=data.fingerprint,
         attention=attention,
-        extra=extra,
+        fused=fused,
+        extra=lambda seconds: aside_s(config, n_evaluated, plan.n_trained(model), seconds),
         elapsed=lambda: told(elapsed()),
         measure=measure,
         note=say,
         missing=next(filter(None, ranks.team.gather(runtime.compiler_missing())), None),
     )
+    if train.micro_batch == "auto" and not made:  # one update tells whether memory is as was thought
+        fitted = choices.micro_batch
+        with suppress(FloatingPointError, MemoryError):  # which the preflight words
+            try:
+                fitted, _ = plan.fitting(partial(measure, n=1), choices.micro_batch, choices.compile, say)
+            except torch.OutOfMemoryError:
+                fitted = 1
+        choices = choices.model_copy(update={"micro_batch": fitted})
+    return choices
+
+
+def aside_s(config: TrainConfig, n_evaluated: int, n_trained: int, update_s: float) -> float:
+    """Seconds that evaluations and saves add to an update, on average. An evaluated token costs a third of a trained one."""
+    evaluation = update_s / 3 * n_evaluated / config.train.batch_tokens
+    return evaluation / config.eval.every + plan.save_s(n_trained) / config.checkpoint.every
+
+
+def _rows_that_fit(
+    config: TrainConfig, train: TrainingConfig, model: GPT, ranks: Ranks, share: int, device: str, dtype: str
+) -> int:
+    """Rows of a micro-batch of a rank's `share` of an update: as set, or by what memory has left beside the model."""
+    if config.parallel.canonical:  # what a machine has room for has no say in it
+        return plan.micro_batch(train, share, row_length(config), "cpu", lambda rows: True)
+    room = (1 - memory.SPARE) * runtime.free_memory_bytes(device)
+    of = setting(config, device, dtype)
+    return plan.micro_batch(
+        train, share, row_length(config), device, fits(config.model, of, room, ranks.n, beside=True)
+    )
+
+
+def setting(config: TrainConfig, device: str, dtype: str, rows: int = 1) -> memory.Setting:
+    """What the memory of an update depends on, of these settings."""
+    return memory.Setting(
+        rows=rows,
+        seq_len=config.data.seq_len,
+        device=device,
+        dtype=dtype,
+        optim=config.optim,
+        adapter=config.adapter,
+        checkpointing=config.train.checkpointing,
+        documents=config.data.document_mask,
+        objective=config.objective,
+    )
+
+
+def fits(
+    shape: ModelConfig, of: memory.Setting, room: float, n: Sizes = ALONE, *, beside: bool = False
+) -> Callable[[int], bool]:
+    """Whether so many rows fit into `room` bytes, of each of `n` devices; `beside`: beside the weights, which are there already.
+
+    Gone through only where a count of more than it takes does not fit.
+    """
+    found: list[Callable[[int], memory.Need]] = []
+
+    def so_many(rows: int) -> bool:
+        if memory.at_most(shape, of, rows) <= room:
+            return True
+        if not found:
+            found.append(memory.needs(shape, of))
+        need = division.held(found[0](rows), division.portions(shape), n)
+        return need.total - (need.weights if beside else 0) <= room
+
+    return so_many
 
 
 def _kernel(model: GPT, ranks: Ranks) -> tuple[str, str]:
-    """`parallel.document_kernel` that works on every rank, and why."""
-    found = ranks.team.gather(parallel.document_kernel(model))
+    """`parallel.hiding_kernel` that works on every rank, and why."""
+    found = ranks.team.gather(parallel.hiding_kernel(model))
     kernel, why = next((each for each in found if each[0] == "dense"), found[0])
     if kernel == "dense":
         model.model.flex = None

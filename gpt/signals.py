@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import errno
-import multiprocessing
+import gc
 import os
 import re
 import signal
@@ -12,9 +12,9 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DONE, BUG, USER_ERROR, NON_FINITE, NO_SPACE, STUCK, PREEMPTED = 0, 1, 2, 4, 5, 6, 75
@@ -113,10 +113,22 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
-def end_with_parent() -> None:
-    """A process that another one started (multiprocessing) ends when that one does, however it ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around a verb's imports: what they make stays, so nothing of it is searched for garbage, now or later.
+
+    torch's own takes a seventh less without that, and a full search of what it leaves behind takes a tenth of a second.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def end_with(parent: Any) -> None:
+    """This process ends when the one that started it (multiprocessing.parent_process()) does, however that ended."""
 
     def follow() -> None:
         parent.join()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gpt import chat, conversations, signals
+from gpt import chat, conversations, inference, signals
 from gpt.conversations import Conversation
 from gpt.formats import BadRecord
 from gpt.generate import Sampling, complete
@@ -301,6 +301,7 @@ def greedy(
     """What the model writes behind each prompt, up to one of `stops` or `stop_ids` and without it: `generate.complete`,
     prompts of like lengths together. A control token that ends nothing is no text."""
     texts = [""] * len(prompts)
+    model = inference.beside(model, "float32")
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     while order:
         n_rows = max(1, batch_tokens // (len(prompts[order[0]]) + max_tokens))
@@ -311,7 +312,7 @@ def greedy(
         )
         for event in written:
             signals.check()
-            if math.isnan(event.logprob):
+            if event.logprob is None or math.isnan(event.logprob):
                 raise FloatingPointError(NOT_FINITE)
             texts[batch[event.row]] += event.text
     return texts

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from gpt import config as settings
 from gpt import durable, parallel, plan, resume, runtime, settle, signals
+from gpt.averages import Average
 from gpt.checkpoint import Checkpoints, load_optimizer, load_state
 from gpt.data import Batch, Data, Loader, open_data, prefetched
-from gpt.judge import Check, finite
+from gpt.judge import Check, LossScale, finite
 from gpt.log import WATCHER_GONE, Log, Silence, duration
 from gpt.loss import Objective, n_terms
 from gpt.optim import Optimizer
 from gpt.parts import Parts
 from gpt.plan import Choices
 from gpt.preflight import Preflight
+from gpt.profile import Profile
 from gpt.ranks import ALONE, AXES, PATIENCE_S, Forward, Ranks, sizes
 from gpt.run import RunDirectory
 from gpt.saving import Writer
@@ -48,11 +50,13 @@ def update(
     step: int,
     ranks: Ranks = ALONE,
     check: Check = finite,
+    scale: LossScale | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on `batch`, the whole one, of which each rank takes its share; (loss in nats per target or pair,
     gradient norm before clipping), on one rank still on the device.
 
-    Raises Bad, a FloatingPointError, with the weights untouched, if either is not finite or `check` says so.
+    Raises Bad, a FloatingPointError, with the weights untouched, if either is not finite or `check` says so. With `scale`
+    gradients that are too large for float16 are taken again with half of it.
     """
     n = max(1, n_terms(config.objective, batch))
     parts = list(zip(*(x.split(choices.micro_batch) for x in batch.given), strict=True))
@@ -61,12 +65,19 @@ def update(
         torch.manual_seed(runtime.key(config.seed, step, ranks.draws("dropout"), i))
         with runtime.autocast(choices.device, choices.dtype):
             nats = forward(*(x.to(choices.device, non_blocking=True) for x in parts[i]))
-        (nats / n * factor).backward()
+        (nats / n * (factor if scale is None else factor * scale.value)).backward()
         return nats.detach() / n
 
-    loss, grad_norm = ranks.agreed(optimizer, ranks.total(forward, optimizer, len(parts), share), config.optim.clip)
+    with parallel.preferring(choices.fused):
+        while True:
+            times = 1.0 if scale is None else scale.value
+            total = ranks.total(forward, optimizer, len(parts), share)
+            loss, grad_norm = ranks.agreed(optimizer, total, times)
+            if scale is None or not scale.too_large(loss, grad_norm):
+                break
+            optimizer.drop()
     check(step, loss, grad_norm)
-    optimizer.step(factor(config.schedule, step, choices.steps))
+    optimizer.step(factor(config.schedule, step, choices.steps), step, grad_norm)
     return loss, grad_norm
 
 
@@ -157,8 +168,8 @@ def _train(
             model = settle.build(config, source, say, in_parts=ranks.n.in_parts)
             source = source if settle.needs_source(config) else None
             with team.together():
-                settle.check_space(run, saves, given.checkpoint.keep, model)
-            watch.expect_saves(plan.save_s(model))
+                settle.check_space(run, saves, given.checkpoint.keep, model, config.optim.ema)
+            watch.expect_saves(plan.save_s(plan.n_trained(model)))
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
             read_source = partial(settle.source, given, data, lambda line: None, base)
             ranks.check()
@@ -174,7 +185,7 @@ def _train(
                 config, objective, source, first, data, loader, update, elapsed, say, parts, rehearse
             )
             assert config.choices is not None
-            optimizer, restore = _restored(config, objective, parts, origin, saves, fill)
+            optimizer, average, restore = _restored(config, objective, parts, origin, saves, fill)
             if origin.path is not None:
                 resume.report(given, run.config_path, config, origin, loader, say)
             ranks.check()
@@ -184,8 +195,8 @@ def _train(
             with _logged(run, config, console, team) as log, Writer(team, **beside) as writer:
                 how: dict[str, Any] = {"compile": config.choices.compile, "checkpointing": config.train.checkpointing}
                 forward = parallel.applied(objective, **how, ranks=ranks)
-                at_work = (run, saves, log, data, loader, objective, optimizer, elapsed, base, parts, forward, update)
-                session = Session(config, config.choices, *at_work, writer, judge, watch, restore)
+                at_work = (run, saves, log, data, loader, objective, optimizer, average, elapsed, base, parts)
+                session = Session(config, config.choices, *at_work, forward, update, writer, judge, watch, restore)
                 if origin.branches:
                     session.save(state.step)  # from here on it needs the trunk no more
                 last = _loop(session, state.step, updates)
@@ -200,23 +211,29 @@ def _restored(
     origin: resume.Origin,
     saves: Checkpoints,
     fill: Callable[[Path | None], None],
-) -> tuple[Optimizer, Callable[[], State]]:
-    """(the optimizer as it was at `origin`, what gives it and the model what the latest checkpoint holds)."""
-    optimizer = Optimizer(objective.model, config.optim, parts)
-    if origin.path is not None:
-        optimizer.load_state(load_optimizer(origin.path, parts.wanted))
+) -> tuple[Optimizer, Average, Callable[[], State]]:
+    """(the optimizer and the average as they were at `origin`, whose weights the model has, what gives all three what the
+    latest checkpoint holds)."""
+    assert config.choices is not None
+    optimizer = Optimizer(objective.model, config.optim, parts, compile=config.choices.compile)
+    average = Average(parts, config.optim.ema, config.choices.steps, partial(parallel.resharded, objective))
+
+    def load(path: Path | None) -> None:
+        stored = None if path is None else load_optimizer(path, parts.wanted)
+        average.begin(stored)
+        if stored is not None:
+            optimizer.load_state(stored)
 
     def restore() -> State:
         parallel.resharded(objective)
         latest = saves.latest(parts.ranks.team)
         fill(latest)
         optimizer.reset()
-        if latest is None:
-            return State()
-        optimizer.load_state(load_optimizer(latest, parts.wanted))
-        return State(**load_state(latest))
+        load(latest)
+        return State() if latest is None else State(**load_state(latest))
 
-    return optimizer, restore
+    load(origin.path)
+    return optimizer, average, restore
 
 
 def _say_ranks(ranks: Ranks, sampling: bool, say: Callable[[str], None]) -> None:
@@ -274,14 +291,17 @@ def _loop(session: Session, start: int, most: int | None = None) -> int:
 
     Where numbers go wrong and the settings say so, go on from the last checkpoint.
     """
-    while True:
-        try:
-            return _updates(session, start, most)
-        except (FloatingPointError, Elsewhere) as error:
-            start = session.rolled_back(error)
+    n = session.config.train.profile if session.team.first else None
+    what = (session.choices.device, session.choices.dtype, session.flops(), session.run.path)
+    with Profile(n or 0, *what, session.disturbed, session.log.note) as profile:
+        while True:
+            try:
+                return _updates(session, start, most, profile)
+            except (FloatingPointError, Elsewhere) as error:
+                start = session.rolled_back(error)
 
 
-def _updates(session: Session, start: int, most: int | None) -> int:
+def _updates(session: Session, start: int, most: int | None, profile: Profile) -> int:
     config, choices = session.config, session.choices
     session.at = start
     session.observe(start)
@@ -292,6 +312,7 @@ def _updates(session: Session, start: int, most: int | None) -> int:
     with closing(prefetched(session.loader, start + 1, choices.steps, pin)) as batches:
         for step, batch in enumerate(batches, start + 1):
             numbers = session.made(batch, step)
+            clock += profile.made(step)
             session.writer.check()
             if numbers is not None and due(step, config.log.every, choices.steps):
                 session.report(step, *numbers, (step - reported) / (time.monotonic() - clock))

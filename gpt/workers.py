@@ -335,7 +335,7 @@ def _begin_worker(stop: Any, done: Any, job: Job) -> None:
     """A worker leaves stopping to its parent, and does not outlive it."""
     global _worker
     signals.ignore()
-    signals.end_with_parent()
+    signals.end_with(multiprocessing.parent_process())
     tokenizer = Tokenizer.load(job.finished)
     _worker = _Worker(stop, done, job, tokenizer, Encoder(tokenizer))
 

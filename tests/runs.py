@@ -23,7 +23,7 @@ SETTINGS = """
 data: {path: data/small, seq_len: 32}
 model: {n_layer: 2, d_model: 64, n_head: 2, dropout: 0.1}
 train: {steps: STEPS, batch_tokens: 512, compile: COMPILE, threads: 1}
-optim: {kind: muon, lr: 0.02}
+optim: {kind: muon, lr: 0.02, ema: 8}
 eval: {every: 10, tokens: 2000}
 checkpoint: {every: 5, keep: 2}
 log: {every: 1, sample_every: 30}

@@ -166,8 +166,34 @@ def packed_documents(rows: int, length: int, longest: int, seed: int = 0) -> Ten
 def test_flex_attention_computes_the_mask_of_every_pair(length: int, longest: int, window: int | None) -> None:
     ids = packed_documents(2, length, longest)
     q, k, v = (torch.randn(2, heads, length, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
-    ours = attend(q, k, v, masked_blocks(ids, flex_attention, window))
+    ours = attend(q, k, v, masked_blocks(ids.shape[1], flex_attention, doc_ids=ids, window=window))
     torch.testing.assert_close(ours, attend(q, k, v, masked(length, doc_ids=ids, window=window)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("length", [5, 300])
+@pytest.mark.parametrize("window", [1, 100, 200])
+def test_a_window_without_documents_is_one_mask_for_all_rows(length: int, window: int) -> None:
+    q, k, v = (torch.randn(2, heads, length, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    mask = masked_blocks(length, flex_attention, window=window)
+    assert mask.blocks is not None and mask.blocks.shape[0] == 1
+    torch.testing.assert_close(
+        attend(q, k, v, mask), attend(q, k, v, masked(length, window=window)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.inference_mode()
+def test_a_model_with_windows_has_the_same_logits_by_either_kernel_and_over_a_cache(
+    build: Build, tokens: Tokens
+) -> None:
+    x, model = tokens(2, 32), build(n_kv_head=2, window=5, full_layers=(1,))
+    dense = model(x)
+    model.model.flex = flex_attention
+    assert (model(x) - dense).abs().max() < 1e-4
+    cache = model.new_cache(2, 32)
+    steps = [model(x[:, :20], cache=cache), *(model(x[:, i : i + 1], cache=cache) for i in range(20, 32))]
+    assert (torch.cat(steps, dim=1) - dense).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("longest", [3, 60, 300, 10**6])
@@ -180,7 +206,7 @@ def test_blocks_are_those_that_torch_finds_by_looking_at_every_pair(longest: int
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (q - k < (window or 640)) & (ids[b, q] == ids[b, k])
 
-    ours = masked_blocks(ids, flex_attention, window).blocks
+    ours = masked_blocks(640, flex_attention, doc_ids=ids, window=window).blocks
     torchs = create_block_mask(seen, 3, None, 640, 640, device="cpu")
     assert ours is not None
     assert torch.equal(ours.to_dense(), torchs.to_dense())

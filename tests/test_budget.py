@@ -1,117 +1,253 @@
-"""--plan: the ways to train a model, which of them fit into a memory, and the settings that ask for the first that does."""
+"""--plan: work, memory, time and disk of a run before there is one, here or elsewhere, and what is unwise in its settings."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
+from tiny import settings, trained, write_characters
 
-from gpt import budget, hf, page
-from gpt.adapters import AdapterConfig
+from gpt import budget, hf, memory, page, plan, probe, runtime, settle, speed, ways
 from gpt.checkpoint import serialize
 from gpt.config import load
 from gpt.model import GPT, ModelConfig
+from gpt.probe import Rates
 from gpt.settle import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-QWEN3 = """
-name: qwen
-data: {path: data/none, seq_len: 1024}
-model: {vocab_size: 151936, max_seq_len: 40960, n_layer: 28, d_model: 1024, n_head: 16, n_kv_head: 8, head_dim: 128, d_ff: 3072}
-train: {steps: 100, batch_tokens: 16384, micro_batch: 1, device: cuda}
-"""
 SMALL = """
 name: small
 data: {path: data/none, seq_len: 32}
 model: {vocab_size: 64, n_layer: 2, d_model: 32, n_head: 2}
-train: {steps: 1, batch_tokens: 64, device: cpu, dtype: float32}
+train: {steps: 10, batch_tokens: 64, device: cpu, dtype: float32, threads: 1}
 """
+LLAMA_70B = [
+    "model.vocab_size=128256", "model.n_layer=80", "model.d_model=8192", "model.n_head=64", "model.n_kv_head=8",
+    "model.d_ff=28672", "model.tie_embeddings=false",
+]  # fmt: skip
 
 
-def planned(tmp_path: Path, text: str, size: float | None, *overrides: str) -> dict[str, Any]:
-    """What is printed: {"notes": sentences, "rows": the rows of the second table, by what they vary}."""
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is not measured anew for each test, and is left as it was."""
+    monkeypatch.setattr(probe, "measured", lambda device, dtype: Rates(1e12, 1e10, 1e-6))
+    monkeypatch.setattr(speed, "with_asking", lambda rates, dtype: rates)
+    monkeypatch.setattr(probe, "BUDGET_S", 0.0)
+    monkeypatch.setattr(runtime, "setup", lambda device, threads: None)
+
+
+def blocks(tmp_path: Path, text: str, *overrides: str, **how: Any) -> list[page.Block]:
     (tmp_path / "x.yaml").write_text(text)
-    config = load(TrainConfig, tmp_path / "x.yaml", list(overrides), {})
-    blocks = list(budget.blocks(config, None if size is None else int(size)))
-    tables = [block for block in blocks if isinstance(block, page.Table)]
-    for block in blocks:
+    found = list(budget.blocks(load(TrainConfig, tmp_path / "x.yaml", list(overrides), {}), **how))
+    for block in found:
         page.draw(block, Console(quiet=True))
-    rows = {tuple(row[:4]): dict(zip(tables[1].columns, row, strict=True)) for row in tables[1].rows}
-    notes = [block.text for block in blocks if isinstance(block, page.Note)]
-    return {"notes": notes, "rows": rows, "parameters": dict(tables[0].rows)}
+    return found
 
 
-def test_qwen3_of_0_6b_on_12_gb_is_answered(tmp_path: Path) -> None:
-    plan = planned(tmp_path, QWEN3, 12e9)
-    total = {way: float(row["total GB"]) for way, row in plan["rows"].items()}
-    assert len(total) == 4 + 16
-    assert sum(int(n.replace(",", "")) for part, n in plan["parameters"].items() if part != "adapter") == 596_049_920
-    assert total["everything", "-", "none", "fp32"] > 12 > total["everything", "-", "full", "8bit"]
-    assert all(n < 10.8 for way, n in total.items() if way[0] == "adapter")
-    assert {way for way, row in plan["rows"].items() if row["fits"] == "yes"} == {
-        way for way, n in total.items() if n <= 10.8
-    }
-    everything, adapter = plan["notes"][-2:]
-    assert everything == "everything fits: train.micro_batch=1 train.checkpointing=full optim.state=8bit adapter=null"
-    assert adapter.startswith(
-        "adapter fits: train.micro_batch=1 train.checkpointing=none optim.state=fp32 adapter.base"
-    )
+def planned(tmp_path: Path, text: str, *overrides: str, **how: Any) -> dict[str, str]:
+    """What is planned, by what: the rows of two cells of all tables."""
+    found = blocks(tmp_path, text, *overrides, **how)
+    return {row[0]: row[1] for block in found if isinstance(block, page.Table) for row in block.rows if len(row) == 2}
 
 
-def test_the_settings_that_it_names_can_be_written(tmp_path: Path) -> None:
-    for note in planned(tmp_path, SMALL, 1e12)["notes"][-2:]:
-        overrides = note.partition(": ")[2].split()
-        assert "fits" in note
-        assert load(TrainConfig, tmp_path / "x.yaml", overrides, {}).train.micro_batch == 1
+def notes(tmp_path: Path, text: str, *overrides: str, **how: Any) -> list[str]:
+    return [block.text for block in blocks(tmp_path, text, *overrides, **how) if isinstance(block, page.Note)]
 
 
-def test_where_nothing_fits_the_least_is_said(tmp_path: Path) -> None:
-    plan = planned(tmp_path, SMALL, 1000)
-    assert all(row["fits"] == "no" for row in plan["rows"].values())
-    assert "everything does not fit: the least is 0.00 GB; lower data.seq_len or train.micro_batch" in plan["notes"]
+def number(text: str) -> float:
+    return float(text.split()[0].replace(",", ""))
 
 
-def test_widths_that_int4_cannot_group_are_planned_without_it(tmp_path: Path) -> None:
-    plan = planned(tmp_path, SMALL, 1e12, "model.d_model=40")
-    assert {way[1] for way in plan["rows"]} == {"-", "fp32", "bf16", "int8"}
-    assert any("no base in int4" in note for note in plan["notes"])
-    assert {way[1] for way in planned(tmp_path, SMALL, 1e12)["rows"]} == {"-", "fp32", "bf16", "int8", "int4"}
+# Work
 
 
-def test_pairs_need_more_than_texts(tmp_path: Path) -> None:
-    large = (
-        "model.vocab_size=8192",
-        "model.d_model=512",
-        "model.n_head=8",
-        "model.max_seq_len=256",
-        "data.seq_len=256",
-    )
-    totals = {
-        kind: float(planned(tmp_path, SMALL, 1e12, *large, f"objective.kind={kind}")["rows"][way]["total GB"])
-        for kind in ("next_token", "simpo", "dpo")
-        for way in [("everything", "-", "none", "fp32")]
-    }
-    assert totals["next_token"] < totals["simpo"] < totals["dpo"]
-
-
-def test_muon_has_no_8_bit_state(tmp_path: Path) -> None:
-    assert {way[3] for way in planned(tmp_path, SMALL, 1e12, "optim.kind=muon")["rows"]} == {"fp32"}
-
-
-def test_the_run_s_own_adapter_is_planned(tmp_path: Path) -> None:
+def test_parameters_and_arithmetic_are_those_of_the_model(tmp_path: Path) -> None:
+    told = planned(tmp_path, SMALL)
     model = GPT(ModelConfig(vocab_size=64, max_seq_len=32, n_layer=2, d_model=32, n_head=2))
-    v = model.model.layers[0].self_attn.v_proj
-    plan = planned(tmp_path, SMALL, 1e12, "adapter.rank=4", "adapter.targets=[v_proj]")
-    assert plan["parameters"]["adapter"] == f"{2 * 4 * (v.in_features + v.out_features)}"
-    assert planned(tmp_path, SMALL, 1e12)["parameters"]["adapter"] != plan["parameters"]["adapter"]
-    assert AdapterConfig().targets == "all"
+    parts = ("embeddings", "head", "norms", "attention", "MLP")
+    assert sum(number(told[part]) for part in parts if part in told) == plan.n_parameters(model)
+    assert number(told["FLOPs a token, forward and backward"]) == pytest.approx(
+        plan.flops_per_token(model, 32) / 1e9, abs=1e-3
+    )
+    assert told["tokens in all"].startswith(f"640 ({640 / plan.n_parameters(model):.1f} a parameter)")
 
 
-def test_of_init_from_only_the_settings_and_headers_are_read(tmp_path: Path) -> None:
+def test_epochs_of_each_source_are_told_where_the_data_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("cats", "dogs")):
+        write_characters(Path("data", name), seed)
+    sizes = {name: np.fromfile(f"data/{name}/train.bin", "<u2").size for name in ("cats", "dogs")}
+    mixed = SMALL.replace("path: data/none", "mixture: {data/cats: 0.75, data/dogs: 0.25}")
+    told = planned(tmp_path, mixed, "train.steps=1000")
+    for name, share in (("cats", 0.75), ("dogs", 0.25)):
+        assert number(told[f"epochs of data/{name}"]) == pytest.approx(64_000 * share / sizes[name], rel=0.05)
+    assert "not prepared" not in str(told)
+    assert planned(tmp_path, SMALL)["epochs"] == "not known: data/none are not prepared"
+
+
+def test_a_time_budget_is_turned_into_updates_by_the_time_of_one(tmp_path: Path) -> None:
+    timed = SMALL.replace("steps: 10", "time: 1h")
+    told = planned(tmp_path, timed)
+    seconds = number(told["an update"])
+    assert number(told["updates"]) == pytest.approx(3600 / (seconds + plan.save_s(1) / 250), rel=0.5)
+    assert told["the run"].startswith(("59:", "1:00:00"))
+
+
+# Memory
+
+
+def test_the_micro_batch_is_the_largest_that_fits(tmp_path: Path) -> None:
+    shape = ("train.batch_tokens=2048", "model.d_model=256", "model.n_layer=4")
+
+    def rows(size: float) -> str:
+        return notes(tmp_path, SMALL, *shape, card="h100", size=int(size))[-1].partition("train.micro_batch=")[2]
+
+    assert rows(80e9) == "64"
+    told = {size: int(rows(size)) for size in (100e6, 80e6, 70e6)}
+    model = ModelConfig(vocab_size=64, max_seq_len=32, n_layer=4, d_model=256, n_head=2)
+    config = load(TrainConfig, tmp_path / "x.yaml", list(shape), {})
+    for size, fitted in told.items():
+        totals = {
+            n: memory.need(model, settle.setting(config, "cuda", "float32", n)).total for n in (fitted, 2 * fitted)
+        }
+        assert totals[fitted] <= 0.9 * size < totals[2 * fitted] * 1.02, (size, fitted, totals)
+    assert list(told.values()) == sorted(told.values(), reverse=True)
+
+
+def test_what_does_not_fit_is_said_with_what_to_set(tmp_path: Path) -> None:
+    (warning,) = [note for note in notes(tmp_path, SMALL, size=1000) if "does not fit" in note]
+    assert "smaller data.seq_len, train.checkpointing=full, or a smaller model" in warning
+
+
+def test_a_process_is_counted_where_memory_is_the_machine_s(tmp_path: Path) -> None:
+    here, there = planned(tmp_path, SMALL), planned(tmp_path, SMALL, card="h100")
+    assert number(here["the process itself"]) > 0.1 and "the process itself" not in there
+
+
+# Machines that are not here
+
+
+def test_70_billion_parameters_on_1024_devices_are_planned_within_ten_seconds(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    text = (ROOT / "configs" / "llama_1b.yaml").read_text()
+    found = blocks(tmp_path, text + "\nname: large\n", *LLAMA_70B, card="h100", devices=1024)
+    assert time.perf_counter() - start < 10
+    (ways,) = [block for block in found if isinstance(block, page.Table) and block.columns[0] == "replicate"]
+    assert ways.rows
+    for row in ways.rows:
+        replicate, shard, tensor, rows = map(int, row[:4])
+        assert replicate * shard * tensor == 1024 and 512 % (replicate * shard * rows) == 0
+        assert 10 < float(row[4]) <= 72, "of 80 GB a tenth is left"
+    settings = found[-1].text.partition(": ")[2].split()  # type: ignore[union-attr]
+    config = load(TrainConfig, tmp_path / "x.yaml", [*LLAMA_70B, *settings], {})
+    assert [getattr(config.parallel, axis) for axis in ("replicate", "shard", "tensor")] == [
+        int(n) for n in ways.rows[0][:3]
+    ]
+
+
+def test_the_sizes_that_are_set_are_planned_with_or_refused(tmp_path: Path) -> None:
+    rows = ("train.batch_tokens=2048",)
+    found = notes(tmp_path, SMALL, *rows, "parallel.shard=4", card="a100", devices=8)
+    assert "parallel.replicate=2 parallel.shard=4 parallel.tensor=1" in found[-1]
+    with pytest.raises(
+        ValueError, match=r"parallel \(replicate 8 x shard 1 x tensor 1\) does not fit 8 x A100.*leave the sizes"
+    ):
+        blocks(tmp_path, SMALL, *rows, "parallel.shard=1", card="a100", devices=8, size=1000)
+    with pytest.raises(ValueError, match=r"no division of 64 rows among 8 x A100.* set train.checkpointing=full"):
+        blocks(tmp_path, SMALL, *rows, card="a100", devices=8, size=1000)
+
+
+def test_devices_need_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="to plan for 8 devices, say which they are: --device h100 --devices 8"):
+        blocks(tmp_path, SMALL, devices=8)
+    with pytest.raises(ValueError, match="'abacus' is no machine known here"):
+        blocks(tmp_path, SMALL, card="abacus")
+
+
+def test_a_machine_that_is_not_here_needs_its_name_or_its_memory_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device 'cuda:7' is not available here.*--device h100, --memory 12GB"):
+        blocks(tmp_path, SMALL, "train.device=cuda:7")
+    told = planned(tmp_path, SMALL, "train.device=cuda:7", size=12_000_000_000)
+    assert told["time"] == "not known: name the machine, --device h100" and "an update" not in told
+
+
+# Disk
+
+
+def test_a_checkpoint_is_as_large_as_one_that_is_written(here: Path) -> None:
+    wide = ("train.steps=1", "model.d_model=256", "model.n_layer=2", "optim.kind=muon")
+    trained(*wide)
+    n_bytes = sum(file.stat().st_size for file in Path("runs/tiny/checkpoints/step_00000001").iterdir())
+    told = {
+        row[0]: row[1]
+        for block in budget.blocks(settings(*wide))
+        if isinstance(block, page.Table)
+        for row in block.rows
+        if len(row) == 2
+    }
+    assert number(told["a checkpoint"]) == pytest.approx(n_bytes / 1e9, abs=0.006)
+    assert number(told["the disk"]) == pytest.approx(11 * n_bytes / 1e9, abs=0.06)
+
+
+# Warnings
+
+
+def warned(tmp_path: Path, *overrides: str) -> list[str]:
+    text = SMALL.replace("steps: 10", "steps: 2000")
+    return [note for note in notes(tmp_path, text, *overrides, card="h100") if note.startswith("warning")]
+
+
+def test_a_batch_that_is_small_for_muon_is_warned_of_and_the_one_that_it_names_is_not(tmp_path: Path) -> None:
+    wide = ("model.d_model=512", "optim.kind=muon", "train.steps=null", "train.tokens=100M")
+    (warning,) = [each for each in warned(tmp_path, *wide) if "Muon" in each]
+    assert "train.batch_tokens" in warning and "optim.kind=adamw" in warning
+    text = warning.partition("set train.batch_tokens to ")[2].split()[0]
+    least = int(float(text.removesuffix("k")) * (1000 if text.endswith("k") else 1) * 1.1) // 32 * 32
+    assert not [each for each in warned(tmp_path, *wide, f"train.batch_tokens={least}") if "Muon" in each]
+    assert [each for each in warned(tmp_path, *wide, f"train.batch_tokens={least // 64 * 32}") if "Muon" in each]
+    assert not [each for each in warned(tmp_path, "model.d_model=512") if "Muon" in each]
+
+
+def test_repetition_and_little_validation_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_characters(Path("data/none"), 1)
+    size = np.fromfile("data/none/train.bin", "<u2").size
+    for times, expected in ((3.5, False), (4.5, True)):
+        found = warned(tmp_path, f"train.steps={int(times * size / 64)}")
+        assert bool([each for each in found if "past 4 repetition" in each]) is expected
+    assert [each for each in warned(tmp_path) if "an evaluation reads" in each and "val_fraction" in each]
+    monkeypatch.setattr(budget, "FEW_TARGETS", 10)
+    assert not [each for each in warned(tmp_path) if "an evaluation reads" in each]
+
+
+@pytest.mark.parametrize(("per_parameter", "word"), [(2, "smaller model"), (20, None), (1000, "larger model")])
+def test_tokens_far_from_the_parameters_are_warned_of(tmp_path: Path, per_parameter: int, word: str | None) -> None:
+    n = plan.n_parameters(GPT(ModelConfig(vocab_size=64, max_seq_len=32, n_layer=2, d_model=32, n_head=2)))
+    found = [
+        each for each in warned(tmp_path, f"train.steps={per_parameter * n // 64}") if "tokens a parameter" in each
+    ]
+    assert [word in each for each in found if word] == ([True] if word else [])
+
+
+def test_a_model_of_embeddings_is_warned_of(tmp_path: Path) -> None:
+    assert [each for each in warned(tmp_path, "model.vocab_size=8192") if "of the parameters are embeddings" in each]
+    assert not [each for each in warned(tmp_path) if "embeddings" in each]
+
+
+# Models that are there
+
+
+def test_of_init_from_only_the_settings_and_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that is not finite would be refused by anything that reads it."""
+    monkeypatch.setattr(ways, "BASES", ("fp32",))
     shape = ModelConfig(vocab_size=64, max_seq_len=32, n_layer=2, d_model=32, n_head=2)
     model = GPT(shape)
     for parameter in model.parameters():
@@ -121,58 +257,54 @@ def test_of_init_from_only_the_settings_and_headers_are_read(tmp_path: Path) -> 
     files = hf.to_disk(shape, model.state_dict())
     (source / "model.safetensors").write_bytes(b"".join(serialize(files, {})))
     raw = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 64,
-        "max_position_embeddings": 32,
-    }
-    raw |= {
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    raw |= {
-        "intermediate_size": shape.d_hidden,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "hidden_act": "silu",
-    }
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 64, "max_position_embeddings": 32,
+        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": shape.d_hidden, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "silu",
+    }  # fmt: skip
     (source / "config.json").write_text(json.dumps(raw))
     text = SMALL.replace("model: {vocab_size: 64, n_layer: 2, d_model: 32, n_head: 2}", f"init_from: {source}")
-    plan = planned(tmp_path, text, 1e12)
-    assert f"{len(files)} tensors" in plan["notes"][0]
-    assert sum(int(n.replace(",", "")) for part, n in plan["parameters"].items() if part != "adapter") == sum(
-        p.numel() for p in model.parameters()
-    )
+    found = blocks(tmp_path, text, size=10**12)
+    assert isinstance(found[0], page.Heading) and f"{len(files)} tensors" in found[0].text
+    assert any(isinstance(block, page.Heading) and "ways to tune it" in block.text for block in found)
+    counts = {row[0]: number(row[1]) for row in found[1].rows}  # type: ignore[union-attr]
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_without_data_or_a_vocabulary_it_is_said_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"data/none.*before the data is prepared, set model\.vocab_size=N"):
-        planned(tmp_path, SMALL.replace("vocab_size: 64, ", ""), 1e12)
+        blocks(tmp_path, SMALL.replace("vocab_size: 64, ", ""))
 
 
-def test_a_machine_that_is_not_here_needs_its_memory_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"device 'cuda:7' is not available here.*say its memory: --memory 12GB"):
-        planned(tmp_path, SMALL, None, "train.device=cuda:7")
-    assert planned(tmp_path, SMALL, None)["rows"]
-
-
-def test_rows_longer_than_the_context_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.seq_len \(32\) exceeds the model's context \(16\)"):
-        planned(tmp_path, SMALL, 1e12, "model.max_seq_len=16")
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.max_seq_len=16", r"data\.seq_len \(32\) exceeds the model's context \(16\)"),
+        ("train.batch_tokens=65", r"train\.batch_tokens \(65\) must be a multiple of data\.seq_len"),
+        ("train.micro_batch=3", r"train\.micro_batch \(3\) must divide the batch's 2 rows"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        blocks(tmp_path, SMALL, override)
 
 
 def test_the_command_prints_it_and_trains_nothing(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
-    command = [sys.executable, str(ROOT / "train.py"), "small.yaml", "--plan"]
-    done = subprocess.run([*command, "--memory", "1GB"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "train.py"), "small.yaml", "--plan", "--memory", "1GB"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "everything fits: train.micro_batch=1 train.checkpointing=none optim.state=fp32" in done.stdout
+    assert "planned with: train.micro_batch=2" in done.stdout and "measured" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
-    wrong = subprocess.run([*command, "--memory", "a lot"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "'a lot' is no size of a memory" in wrong.stderr
-    alone = subprocess.run([*command[:-1], "--memory", "1GB"], cwd=tmp_path, capture_output=True, text=True)
-    assert alone.returncode == 2 and "say --plan too" in alone.stderr
+
+
+@pytest.mark.parametrize("flags", [["--memory", "1GB"], ["--device", "h100"], ["--plan", "--devices", "0"]])
+def test_flags_of_a_plan_are_refused_without_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("verb", ROOT / "train.py")
+    assert spec is not None and spec.loader is not None
+    verb = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(verb)
+    with pytest.raises(SystemExit):
+        verb.arguments(["x.yaml", *flags])
+    said = capsys.readouterr().err
+    assert "say --plan too" in said or "must be at least 1" in said

@@ -5,6 +5,7 @@ import torch
 from conftest import Build, Tokens
 from variants import VARIANTS
 
+from gpt.cache import leave, spread
 from gpt.model import GPT
 
 
@@ -95,7 +96,47 @@ def test_rows_spread_over_several_go_on_as_each_would(model: GPT, tokens: Tokens
     model(x, cache=cache)
     cache.rewind(torch.tensor([3, 5]))
     more = tokens(3, 2, seed=4)
-    ours = model(more, cache=cache.spread(rows, 9))
+    ours = model(more, cache=spread(cache, rows, 9))
     for i, (row, length) in enumerate(zip(rows.tolist(), [5, 3, 5], strict=True)):
         whole = model(torch.cat([x[row : row + 1, :length], more[i : i + 1]], dim=1))
         torch.testing.assert_close(ours[i], whole[0, length:], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def leaving(model: GPT, x: torch.Tensor, lengths: list[int], *going: list[int]) -> None:
+    """Rows of these lengths take a token each, some leave, and so on: each is what the whole row alone gives."""
+    cache, lengths = model.new_cache(len(lengths), max(lengths) + len(going)), list(lengths)
+    model(x[:, : max(lengths)], cache=cache)
+    cache.rewind(torch.tensor(lengths))
+    rows = list(range(len(lengths)))
+    for gone in going:
+        order = leave(cache, gone) if gone else list(range(len(rows)))
+        assert sorted(order) == [i for i in range(len(rows)) if i not in gone]
+        rows = [rows[place] for place in order]
+        assert cache.host.known == cache.lengths.tolist() == [lengths[row] for row in rows]
+        out = model(torch.stack([x[row, lengths[row]][None] for row in rows]), cache=cache)[:, -1]
+        for place, row in enumerate(rows):
+            lengths[row] += 1
+            torch.testing.assert_close(out[place], model(x[row : row + 1, : lengths[row]])[0, -1], atol=1e-5, rtol=0)
+
+
+def test_rows_leave_and_the_others_go_on(model: GPT, tokens: Tokens) -> None:
+    leaving(model, tokens(4, 14), [10, 9, 3, 2], [], [0, 3], [1])
+
+
+@pytest.mark.parametrize("name", ["default", "relative bias", "windows and a full layer"])
+def test_rows_of_several_spans_leave_and_the_others_go_on(name: str, build: Build, tokens: Tokens) -> None:
+    model = build(**VARIANTS[name], max_seq_len=180)
+    leaving(model, tokens(7, 160), [150, 140, 75, 70, 66, 3, 2], [], [0, 3], [1], [0, 2])
+
+
+def test_one_token_a_row_reads_no_more_than_rows_of_like_length_have_in_use(build: Build) -> None:
+    cache = build(max_seq_len=2048).new_cache(6, 2048)
+    cache.rewind(torch.tensor([1500, 1300, 400, 380, 20, 10]))
+    assert cache.spans(1) == [(slice(0, 2), 1501), (slice(2, 4), 401), (slice(4, 6), 21)]
+    assert cache.spans(3) == [(slice(0, 6), 1503)]
+    assert leave(cache, [0]) == [1, 3, 2, 5, 4]
+    assert cache.host.known == [1300, 380, 400, 10, 20]
+    assert cache.spans(1) == [(slice(0, 1), 1301), (slice(1, 3), 401), (slice(3, 5), 21)]
+    assert leave(cache, [0, 2, 1]) == [4, 3]
+    assert cache.spans(1) == [(slice(0, 2), 21)]

@@ -16,8 +16,9 @@ from transformers import (
 )
 from variants import VARIANTS
 
+from gpt import generate as generator
 from gpt import tokenizer as tokenizers
-from gpt.generate import Column, Event, Past, Sampling, StopText, complete, generate
+from gpt.generate import PASS, PORTION, Column, Event, Past, Sampling, StopText, alike, complete, generate
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.tokenizer import Tokenizer
 
@@ -523,7 +524,7 @@ def test_a_past_is_read_once_and_changes_no_token(
         expected = run(model, [row], sampling, 6)
         with monkeypatch.context() as patch:
             read = counted(model, patch)
-            known = past.cache.longest if past.cache is not None else 0
+            known = past.cache.host.longest if past.cache is not None else 0
             assert [column.ids for column in run(model, [row], sampling, 6, past=past)] == [
                 column.ids for column in expected
             ]
@@ -561,3 +562,65 @@ def test_a_prefix_lm_reads_each_prompt_whole(monkeypatch: pytest.MonkeyPatch) ->
     read = counted(model, monkeypatch)
     assert [column.ids for column in run(model, [[1, 2, 3, 4]], past=past)] == expected
     assert read[0] == 4
+
+
+# No more than what there is to read
+
+
+def test_prompts_of_like_length_are_read_together_and_none_with_much_padding() -> None:
+    assert alike([5]) == [(0, 1)]
+    assert alike([9, 9, 9]) == [(0, 3)]
+    assert alike([600, 600, 400]) == [(0, 1), (1, 2), (2, 3)]  # two are more than a portion
+    assert alike([5000, 20, 19, 5, 4]) == [(0, 1), (1, 4), (4, 5)]
+    for seed in range(20):
+        drawn = torch.randint(1, 1500, (40,), generator=torch.Generator().manual_seed(seed))
+        lengths = sorted((drawn.float() ** (0.5 + seed / 40)).long().clamp(min=1).tolist(), reverse=True)
+        groups = alike(lengths)
+        assert [stop for _, stop in groups[:-1]] == [start for start, _ in groups[1:]]
+        assert (groups[0][0], groups[-1][1]) == (0, len(lengths))
+        for start, stop in groups:
+            size = (stop - start) * lengths[start]
+            assert stop - start == 1 or size <= PORTION
+            assert size - sum(lengths[start:stop]) <= max(PASS, size // 8)
+
+
+def test_a_long_prompt_is_read_in_portions_as_it_is_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    prompts = [[1, *range(2, 50)], [1, *range(9, 20)], [3, 4]]
+    whole = run(model, prompts)
+    for portion in (7, 16, 48):
+        monkeypatch.setattr(generator, "PORTION", portion)
+        with monkeypatch.context() as patch:
+            read = counted(model, patch)
+            pieces = run(model, prompts)
+        assert max(read) == portion
+        assert [c.ids for c in pieces] == [c.ids for c in whole]
+        for ours, theirs in zip(pieces, whole, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+
+
+def test_rows_that_have_ended_are_computed_no_more(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[1, 2], [1, 3, 4], [5, 6], [7]]
+    free = [row(run(model, [prompt], max_tokens=20)) for prompt in prompts]
+    stops = {free[0][3], free[2][6]}
+    sizes: list[int] = []
+    features = GPT.features
+
+    def count(self: GPT, tokens: Tensor, *args: object, **options: object) -> Tensor:
+        sizes.append(len(tokens))
+        return features(self, tokens, *args, **options)
+
+    monkeypatch.setattr(GPT, "features", count)
+    columns = run(model, prompts, max_tokens=20, stop_ids=stops)
+    going = [sum(token is not None and token not in stops for token in column.ids) for column in columns]
+    assert sizes[-len(columns) + 1 :] == going[: len(columns) - 1]
+    assert min(going) < 4
+    for i, ids in enumerate(free):
+        end = next((n for n, token in enumerate(ids) if token in stops), 19)
+        assert row(columns, i) == ids[: end + 1]
+
+
+def test_log_probabilities_that_nobody_asks_for_are_not_given(model: GPT) -> None:
+    asked, unasked = run(model, [[1, 5]]), run(model, [[1, 5]], logprobs=False)
+    assert [column.ids for column in unasked] == [column.ids for column in asked]
+    assert {logprob for column in unasked for logprob in column.logprobs} == {None}

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from gpt.judge import ENOUGH, RECENT, Bad, Judge, NumbersConfig, finite, stands_out
+from gpt.judge import ENOUGH, RECENT, Bad, Judge, LossScale, NumbersConfig, finite, stands_out
 
 
 def judged(judge: Judge, step: int, loss: float, grad_norm: float) -> None:
@@ -101,3 +101,24 @@ def test_bad_updates_are_borne_up_to_the_limit_within_the_window() -> None:
     judge.bad += [10, 50]
     assert not judge.may_go_on(60) and not judge.may_go_on(109)
     assert judge.may_go_on(110)
+
+
+def test_the_loss_scale_moves_as_torch_s_does_but_for_the_update_that_is_made_again() -> None:
+    """torch.amp's arithmetic: halved where a gradient was not finite, doubled after so many that were."""
+    draw = random.Random(4)
+    ours, theirs = LossScale(), torch.full((1,), LossScale.START)
+    counted = torch.zeros(1, dtype=torch.int32)
+    for _ in range(3 * LossScale.PATIENCE):
+        overflows = draw.random() < 0.0004
+        norm = torch.tensor(math.inf if overflows else 1.0)
+        assert ours.too_large(torch.tensor(2.0), norm) == overflows
+        torch._amp_update_scale_(theirs, counted, torch.tensor([float(overflows)]), 2.0, 0.5, LossScale.PATIENCE)
+        assert ours.state == [theirs.item(), counted.item()]
+        ours = LossScale(json.loads(json.dumps(ours.state)))  # as a checkpoint keeps it
+
+
+@pytest.mark.parametrize(("loss", "norm", "scale"), [(math.nan, math.inf, 8.0), (1.0, math.nan, 1.0), (1.0, 2.0, 8.0)])
+def test_what_no_smaller_scale_mends_is_left_to_the_judge(loss: float, norm: float, scale: float) -> None:
+    given = LossScale([scale, 5])
+    assert not given.too_large(torch.tensor(loss), torch.tensor(norm))
+    assert given.state == [scale, 6]

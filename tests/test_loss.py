@@ -18,9 +18,14 @@ Tokens = Callable[..., Tensor]
 N, C, V = 37, 16, 64
 
 
-@pytest.fixture(params=[10**9, 5 * V, 1], ids=["one chunk", "chunks of 5", "chunks of 1"])
+@pytest.fixture(
+    params=[(10**9, 10**9), (5 * V, 2 * V), (V, V), (10**9, 3 * V), (1, 10**9)],
+    ids=["one chunk", "chunks of 5 in pieces of 2", "chunks of 1", "pieces of 3", "pieces larger than chunks"],
+)
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": request.param})
+    chunk, piece = request.param
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
+    monkeypatch.setattr(loss, "PIECE_LOGITS", {"cpu": piece})
 
 
 def sample(dtype: torch.dtype, ignored: int) -> tuple[Tensor, Tensor, Tensor]:

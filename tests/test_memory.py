@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from gpt import adapters, memory, quantize, runtime
 from gpt.adapters import AdapterConfig
 from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
-from gpt.memory import Need, Setting, need, parameters, size
+from gpt.memory import Need, Setting, at_most, need, needs, parameters, size
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.optim import OptimConfig, Optimizer
 from gpt.parallel import applied
@@ -32,6 +33,7 @@ VARIANTS = {
 WAYS = {
     "everything": {},
     "checkpointed": {"checkpointing": "full"},
+    "selectively": {"checkpointing": "selective"},
     "adapter": {"adapter": AdapterConfig()},
     "adapter, bf16, checkpointed": {"adapter": AdapterConfig(base_dtype="bf16"), "checkpointing": "full"},
 }
@@ -113,16 +115,21 @@ def test_what_a_pass_needs_is_what_the_allocator_gives(config: ModelConfig, way:
     assert told.activations + told.work == pytest.approx(taken, rel=0.05)
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+HOOKED = {name: way for name, way in WAYS.items() if name != "selectively"}  # which keeps besides what no hook sees
+
+
+@pytest.mark.parametrize("way", HOOKED.values(), ids=HOOKED)
 def test_activations_are_what_autograd_keeps(config: ModelConfig, way: dict[str, object]) -> None:
     given = setting(**way)
     assert need(config, given).activations == pytest.approx(saved_bytes(real(config, given), given), rel=0.05)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("optim", [{}, {"kind": "muon"}, {"state": "8bit"}], ids=["adamw", "muon", "8bit"])
+@pytest.mark.parametrize(
+    "optim", [{}, {"kind": "muon"}, {"state": "8bit"}, {"ema": 9}], ids=["adamw", "muon", "8bit", "average"]
+)
 def test_weights_gradients_and_the_optimizer_s_state_are_counted_to_the_byte(
-    config: ModelConfig, way: dict[str, object], optim: dict[str, str]
+    config: ModelConfig, way: dict[str, object], optim: dict[str, object]
 ) -> None:
     if "state" in optim:
         pytest.importorskip("torchao")
@@ -136,7 +143,9 @@ def test_weights_gradients_and_the_optimizer_s_state_are_counted_to_the_byte(
     optimizer.step(1.0)
     assert told.weights == sum(held.values())
     assert told.gradients == sum(4 * parameter.numel() for parameter in trained)
-    assert told.optimizer == sum(t.numel() * t.element_size() for t in optimizer.state().values())
+    average = [parameter for parameter in trained if "ema" in optim]
+    state = [*optimizer.state().values(), *average]
+    assert told.optimizer == sum(t.numel() * t.element_size() for t in state)
 
 
 @pytest.mark.filterwarnings("ignore:.*profiler:UserWarning")
@@ -251,15 +260,45 @@ def test_a_model_too_large_for_this_machine_is_gone_through_all_the_same() -> No
     assert told.weights > 260e9
 
 
+def test_gradients_of_a_single_micro_batch_come_as_activations_go() -> None:
+    config = ModelConfig(**SHAPE | {"n_layer": 2, "vocab_size": 4096})
+    several, one = (need(config, setting(summed=summed)) for summed in (True, False))
+    model = real(config, setting())
+    taken = most_allocated(lambda: pass_through(model, setting()).backward())
+    assert replace(one, holes=0.0).total - one.weights - one.optimizer == pytest.approx(taken, rel=0.05)
+    assert several.total == pytest.approx(one.total + several.gradients, rel=0.05)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_more_rows_are_told_from_few(config: ModelConfig, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many logits are made at once."""
+    monkeypatch.setitem(memory.loss.CHUNK_LOGITS, "cuda", 3_000_000)
+    told = needs(config, setting(device=device, seq_len=160))
+    for rows in (1, 30):
+        real = need(config, setting(device=device, seq_len=160, rows=rows)).total
+        assert told(rows).total == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("more", [{}, {"documents": True}, {"objective": ObjectiveConfig(kind="dpo")}], ids=str)
+@pytest.mark.parametrize("position", ["rotary", "relative"])
+def test_a_count_of_more_than_it_takes_is_more(config: ModelConfig, position: str, more: dict[str, object]) -> None:
+    shape = config.model_copy(update={"position": position})
+    for optim in ({}, {"kind": "muon"}):
+        given = setting(**more, optim=OptimConfig(**optim), seq_len=160)
+        assert need(shape, given).total < at_most(shape, given, 2)
+
+
 def test_the_total_is_the_larger_of_the_pass_and_the_step() -> None:
     assert Need(weights=1, gradients=2, optimizer=3, activations=4, work=5, step=6).total == 15
     assert Need(weights=1, gradients=2, optimizer=3, activations=4, work=5, step=60).total == 66
+    assert Need(weights=1, gradients=2, optimizer=3, activations=4, work=5, step=6, summed=False).total == 13
+    assert Need(weights=1, gradients=2, optimizer=3, activations=40, work=50, step=60, holes=0.4).total == 6 + 126
 
 
 def test_nothing_is_left_changed() -> None:
-    before = dict(memory.loss.CHUNK_LOGITS)
+    before = dict(memory.loss.CHUNK_LOGITS), dict(memory.loss.PIECE_LOGITS)
     need(ModelConfig(**SHAPE), setting(device="cuda"))
-    assert before == memory.loss.CHUNK_LOGITS
+    assert before == (memory.loss.CHUNK_LOGITS, memory.loss.PIECE_LOGITS)
     assert torch.get_default_device() == torch.device("cpu")
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,19 +14,25 @@ import pytest
 import torch
 from ranks import ROOT, found, run
 from torch import Tensor
+from torch.compiler import config as compiler
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from trained import apart, trained
 
+from gpt import parallel
 from gpt.loss import NextToken
-from gpt.model import GPT
-from gpt.parallel import applied, document_kernel, in_parts
+from gpt.model import GPT, Block
+from gpt.parallel import ORDERS, applied, fused_kernel, hiding_kernel, in_parts, preferring
 from gpt.team import Team
 
 Build = Callable[..., GPT]
 Tokens = Callable[..., Tensor]
 
-# torch's own compiler warns of torch's own deprecated parts
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+# torch's own compiler warns of torch's own deprecated parts, and asks what a block reads for a gradient
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 def test_without_compilation_it_is_the_objective_itself(build: Build) -> None:
@@ -46,7 +53,7 @@ def test_checkpointing_changes_no_bit_of_the_loss_or_a_gradient(
         *([torch.tensor([*range(5), *range(7)]).expand(2, -1), ids] * packed),
     )
     results = []
-    for checkpointing in ("none", "full"):
+    for checkpointing in ("none", "selective", "full"):
         objective = NextToken(build(n_kv_head=2, dropout=0.3).train())
         forward = applied(objective, compile=False, checkpointing=checkpointing)
         torch.manual_seed(5)
@@ -54,14 +61,15 @@ def test_checkpointing_changes_no_bit_of_the_loss_or_a_gradient(
             loss = forward(*given)
         loss.backward()
         results.append([loss, torch.rand(3), *(parameter.grad for parameter in objective.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 def test_checkpointing_keeps_what_a_block_reads_and_little_else(build: Build, tokens: Tokens) -> None:
     """Bytes that autograd keeps between the passes, each storage once, without the parameters."""
     objective, x = NextToken(build(n_layer=8).train()), tokens(2, 32)
     own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-    kept: dict[str, dict[int, int]] = {"none": {}, "full": {}}
+    kept: dict[str, dict[int, int]] = {"none": {}, "selective": {}, "full": {}}
     for checkpointing, storages in kept.items():
 
         def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
@@ -73,27 +81,46 @@ def test_checkpointing_keeps_what_a_block_reads_and_little_else(build: Build, to
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = applied(objective, compile=False, checkpointing=checkpointing)(x, x)
         assert loss.requires_grad  # and held until here, so that no storage's place was taken by another
-    stream = 2 * 32 * 32 * 4
-    assert sum(kept["full"].values()) < sum(kept["none"].values()) / 8
-    assert sum(kept["full"].values()) >= 8 * stream
+    none, full, stream = sum(kept["none"].values()), sum(kept["full"].values()), 2 * 32 * 32 * 4
+    assert 8 * stream <= full < none / 8
+    assert sum(kept["selective"].values()) < none / 8  # what it keeps it does not keep by autograd's hooks
+
+
+@pytest.mark.parametrize(("kind", "again"), [("none", 0), ("selective", 0), ("full", 1)])
+def test_what_is_computed_again_for_a_gradient(build: Build, tokens: Tokens, kind: str, again: int) -> None:
+    """Under full each product with a weight but a block's last, of which nothing is kept; under selective none."""
+    objective, x = NextToken(build(n_layer=3).train()), tokens(2, 32)
+    counted: Counter[Any] = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counted[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    forward = applied(objective, compile=False, checkpointing=kind)
+    loss = forward(x, x)
+    with Counting():
+        loss.backward()
+    assert counted[torch.ops.aten.mm.default] == 3 * (2 * 7 + 6 * again)
+    assert counted[torch.ops.aten.silu.default] == (3 if kind != "none" else 0)
 
 
 def test_checkpointing_is_applied_once_and_taken_off_again(build: Build, tokens: Tokens) -> None:
     objective = NextToken(build())
-    plain = objective.model.model.through
-    for _ in range(2):
-        assert applied(objective, compile=False, checkpointing="full") is objective
-    through = objective.model.model.through
-    assert through is not plain
+    blocks = [*objective.model.model.layers]
+    for kind in ("full", "selective", "full"):
+        assert applied(objective, compile=False, checkpointing=kind) is objective
+        assert all(block.forward.args[0] == kind for block in blocks)
+        assert all(block.forward.args[1].__func__ is Block.forward for block in blocks)
     with torch.no_grad():
         torch.testing.assert_close(objective.model(tokens(1, 8)), build()(tokens(1, 8)), rtol=0, atol=0)
     applied(objective, compile=False)
-    assert objective.model.model.through is plain
+    assert all(block.forward.__func__ is Block.forward for block in blocks)
 
 
 def test_without_a_gpu_documents_are_masked_pair_by_pair(build: Build) -> None:
     model = build()
-    kernel, why = document_kernel(model)
+    kernel, why = hiding_kernel(model)
     assert kernel == "dense" and "cpu" in why
     assert model.model.flex is None
 
@@ -109,6 +136,105 @@ def test_a_mask_in_blocks_is_captured_whole_and_changes_nothing(build: Build, to
     assert captured(x, x, positions, ids).item() == pytest.approx(pairs.item(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("documents", [True, False])
+@torch.no_grad()
+def test_blocks_are_compiled_once_whatever_the_mask_of_a_batch(
+    build: Build, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, documents: bool
+) -> None:
+    """A mask is another object in each step, and so are the ids that it looks at."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sizes = {"n_kv_head": 2, "max_seq_len": 200, "d_model": 64, "n_layer": 6, "window": 60, "full_layers": (3,)}
+    objective, plain = NextToken(build(**sizes)), NextToken(build(**sizes))
+    objective.model.model.flex = flex_attention
+    forward = applied(objective, compile=True)
+    frames = []
+    for step in range(3):
+        x = tokens(2, 200, seed=step)
+        ids = torch.arange(200).div(50 + 10 * step, rounding_mode="floor").expand(2, -1)
+        given = (x, x, None, ids) if documents else (x, x)
+        assert forward(*given).item() == pytest.approx(plain(*given).item(), rel=1e-5)
+        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert frames[0] == frames[1] == frames[2] <= 4, frames  # layers with and without the window, and the head: not 7
+    applied(objective, compile=False)
+    assert forward(x, x).item() == pytest.approx(plain(x, x).item(), rel=1e-5)
+    assert all(block._compiled_call_impl is None for block in objective.model.model.layers)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.filterwarnings("ignore:.*context_fn")
+def test_blocks_that_are_compiled_train_as_before(
+    build: Build, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    agrees(build, tokens, torch.float32, 1e-5, checkpointing=checkpointing)
+
+
+def test_the_order_of_torch_s_kernels_holds_within_and_is_put_back() -> None:
+    before = torch._C._get_sdp_priority_order()
+    state = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled(), compiler.cache_key_tag)
+    for kernel, order in ORDERS.items():
+        with preferring(kernel):
+            first = torch._C._get_sdp_priority_order()[: len(order)]
+            assert first == [int(backend) for backend in order]
+            assert torch.backends.cuda.cudnn_sdp_enabled() == (kernel == "cudnn")
+            assert kernel in compiler.cache_key_tag, "compiled code that was kept under another order is not taken"
+            with preferring("any"):
+                assert torch._C._get_sdp_priority_order()[: len(order)] == first
+    assert torch._C._get_sdp_priority_order() == before
+    assert state == (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        compiler.cache_key_tag,
+    )
+
+
+def test_without_a_gpu_torch_orders_its_kernels_itself(build: Build) -> None:
+    assert fused_kernel(build().config, "cpu", torch.bfloat16, 32)[0] == "any"
+
+
+@pytest.mark.parametrize(
+    ("capability", "times", "expected"),
+    [
+        ((9, 0), {"flash": 2.0, "cudnn": 1.0}, "cudnn"),
+        ((9, 0), {"flash": 1.0, "cudnn": 0.99}, "flash"),
+        ((9, 0), {"flash": 1.0}, "flash"),
+        ((9, 0), {"cudnn": 1.0}, "cudnn"),
+        ((9, 0), {}, "any"),
+        ((8, 0), {"cudnn": 1.0}, "flash"),
+        ((12, 0), {"cudnn": 1.0}, "flash"),
+    ],
+)
+def test_cudnn_is_taken_on_hopper_where_it_works_and_is_faster(
+    build: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    times: dict[str, float],
+    expected: str,
+) -> None:
+    def timed(kernel: str, *others: Any) -> float:
+        if kernel not in times:
+            raise RuntimeError("no kernel\nand a trace")
+        return times[kernel]
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(parallel, "_timed_attention", timed)
+    chosen, why = fused_kernel(build().config, "cuda", torch.bfloat16, 1024)
+    assert chosen == expected and "trace" not in why
+    if capability == (9, 0) and "cudnn" not in times:
+        assert "cudnn failed: no kernel" in why
+    assert fused_kernel(build().config, "cuda", torch.float32, 1024)[0] == "any"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_each_of_torch_s_kernels_is_right_here(build: Build) -> None:
+    for kernel in ORDERS:
+        assert 0 < parallel._timed_attention(kernel, (2, 4, 2, 300, 64), "cuda", torch.bfloat16) < 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_gpu_s_kernel_computes_the_mask_of_every_pair(build: Build) -> None:
@@ -118,7 +244,7 @@ def test_the_gpu_s_kernel_computes_the_mask_of_every_pair(build: Build) -> None:
     positions = (torch.arange(300) % 70).expand(3, -1).cuda()
     sizes = {"d_model": 64, "n_head": 4, "n_kv_head": 2, "max_seq_len": 300, "init_std": 0.1}
     dense, flex = NextToken(build(**sizes).cuda()), NextToken(build(**sizes).cuda())
-    assert document_kernel(flex.model)[0] == "flex"
+    assert hiding_kernel(flex.model)[0] == "flex"
     for forward in (flex, applied(flex, compile=True)):
         for objective, call in ((dense, dense), (flex, forward)):
             objective.zero_grad()
@@ -154,7 +280,7 @@ def agrees(
         assert (a.grad - b.grad).norm() <= 10 * tolerance * a.grad.norm(), name
 
 
-def test_the_objective_is_captured_whole_and_trains_as_before(
+def test_every_block_is_captured_whole_and_trains_as_before(
     build: Build, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
@@ -174,18 +300,19 @@ def test_compiled_code_trains_as_before(build: Build, tokens: Tokens, dtype: tor
 
 
 UNTIED, MUON = {"tie_embeddings": False}, {"kind": "muon", "lr": 0.02, "adamw_lr": 0.01}
+CAUTIOUS = MUON | {"cautious": True, "scheduled_decay": True, "momentum_warmup": 5}
 SHARD, TENSOR = {"shard": 2}, {"tensor": 2}
 TWO: dict[str, dict[str, Any]] = {
-    "copies": {"evaluate": True},
+    "copies": {"evaluate": True, "ema": 2},
     "copies, documents, untied": {"packed": True, "model": UNTIED},
     "copies, preferences": {"objective": {"kind": "dpo"}},
     "copies, in order": {"parallel": {"canonical": True}, "model": {"dropout": 0.2}},
-    "sharded, tied": {"parallel": SHARD, "evaluate": True},
+    "sharded, tied": {"parallel": SHARD, "evaluate": True, "ema": 2},
     "sharded, untied, documents": {"parallel": SHARD, "model": UNTIED, "packed": True},
     "sharded, rows that do not divide": {"parallel": SHARD, "model": {"d_ff": 37}, "checkpointing": "full"},
-    "sharded, Muon": {"parallel": SHARD, "optim": MUON},
+    "sharded, Muon": {"parallel": SHARD, "optim": CAUTIOUS},
     "sharded, restored after an evaluation": {"parallel": SHARD, "restored": True},
-    "tensor, tied": {"parallel": TENSOR, "evaluate": True},
+    "tensor, tied": {"parallel": TENSOR, "evaluate": True, "ema": 2},
     "tensor, untied, documents": {"parallel": TENSOR, "model": UNTIED | {"norm_at": "output"}, "packed": True},
     "tensor, GPT-2": {
         "parallel": TENSOR,
@@ -216,7 +343,7 @@ FOUR: dict[str, dict[str, Any]] = {
     "sharded": {"parallel": {"shard": 4}, "evaluate": True},
     "sharded copies, accumulated": {"parallel": SHARD, "packed": True, "micro_batch": 1},
     "sharded copies, preferences": {"parallel": SHARD, "objective": {"kind": "dpo"}, "micro_batch": 1},
-    "sharded and tensor, tied": {"parallel": SHARD | TENSOR, "evaluate": True},
+    "sharded and tensor, tied": {"parallel": SHARD | TENSOR, "evaluate": True, "ema": 2},
     "sharded and tensor, untied": {"parallel": SHARD | TENSOR, "model": UNTIED, "packed": True},
     "sharded and tensor, biases": {
         "parallel": SHARD | TENSOR,  # without a bias of all keys, whose gradient is nothing but rounding
@@ -253,7 +380,7 @@ def is_one_process(how: dict[str, Any], ranks: list[Any]) -> None:
     canonical = how.get("parallel", {}).get("canonical", False)
     alone = trained(Team(), how | {"restored": False, "parallel": {"canonical": canonical}})
     coarse = {"muon": (1e-3, 2e-2), "bfloat16": (3e-2, 3e-1)}
-    kind = "muon" if how.get("optim") == MUON else how.get("dtype")
+    kind = how.get("optim", {}).get("kind") or how.get("dtype")
     curve, weights = (0.0, 0.0) if canonical else coarse.get(kind, (1e-5, 1e-3))
     assert apart(alone["curve"], ranks[0]["curve"]) <= curve
     assert apart(alone["weights"], ranks[0]["weights"]) <= weights
@@ -324,7 +451,7 @@ heard = []
 for step in range(3):
     if step == 1 and team.rank == 1:
         signals.stop_requested = lambda: "SIGTERM"
-    ranks.agreed(optimizer(), torch.ones(()), None)
+    ranks.agreed(optimizer(), torch.ones(()))
     heard.append(ranks.stopping)
 try:
     list(ranks.dealt(range(5), lambda i: [i]))
@@ -400,6 +527,14 @@ def test_in_order_any_number_of_ranks_logs_the_same_bytes_also_when_it_changes_o
                 made.rmdir()
         train(home, {4: 4, 8: 2}[step], "name=chain", "parallel.canonical=true")
     assert bytes_of(home, "chain", 12) == (log, weights)
+
+
+@pytest.mark.slow
+def test_a_profile_is_the_first_rank_s_and_changes_no_byte_of_any(home: Path) -> None:
+    train(home, 2, "name=plain", "parallel.canonical=true")
+    train(home, 2, "name=seen", "parallel.canonical=true", "train.profile=2")
+    assert bytes_of(home, "seen", 12) == bytes_of(home, "plain", 12)
+    assert [file.name for file in (home / "runs" / "seen").glob("*trace*")] == ["trace.json.gz"]
 
 
 @pytest.mark.slow

@@ -97,6 +97,7 @@ def test_no_spread_out_matrix_waits_for_the_backward_pass(build: Build, tokens: 
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:torch"
 )  # torch's compiler warns of torch's own deprecated parts
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_it_is_captured_whole(build: Build, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
     compiler = torch.compile

@@ -98,7 +98,7 @@ def test_several_ranks_do_not_look_for_a_micro_batch_that_fits(size: int, monkey
             if team.rank == size - 1 and choices.micro_batch > 2:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-        return plan._fitting(tried(team, size, update), 8, False, lambda line: None)
+        return plan.fitting(tried(team, size, update), 8, False, lambda line: None)
 
     if size == 1:
         assert teams.ranks(1, look)[0][0] == 2
@@ -136,6 +136,6 @@ def test_a_kernel_that_fails_on_one_rank_is_used_on_none(monkeypatch: pytest.Mon
         model.model.flex, model.rank = found, team.rank  # type: ignore[assignment]
         return settle._kernel(model, Ranks(team, Sizes(replicate=2))), model.model.flex
 
-    monkeypatch.setattr(parallel, "document_kernel", lambda model: found[model.rank])
+    monkeypatch.setattr(parallel, "hiding_kernel", lambda model: found[model.rank])
     for rank in teams.ranks(2, look):
         assert tuple(rank[0]) == ("dense", "no compiler") and rank[1] is None

@@ -1,6 +1,9 @@
 """The machine: one source of randomness, and choices of device and dtype that say why."""
 
+import ctypes
+import mmap
 import re
+import resource
 import warnings
 from collections.abc import Iterator
 
@@ -96,7 +99,9 @@ def test_cpus_compute_in_bf16_only_with_instructions_for_it(
     assert runtime.best_dtype("cpu") == (dtype, why)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((6, 1), "float32"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
 def test_gpus_compute_in_bf16_from_ampere_on(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
 ) -> None:
@@ -135,6 +140,21 @@ def test_setup_on_the_cpu_is_deterministic_with_the_threads_asked_for() -> None:
     torch.testing.assert_close(x @ x, (x.double() @ x.double()).float(), rtol=1e-5, atol=1e-4)  # still fp32 arithmetic
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this is glibc's")
+@pytest.mark.usefixtures("machine_restored")
+def test_memory_that_an_update_frees_is_there_for_the_next_one() -> None:
+    runtime.setup("cpu", 1)
+    n = 1 << 26  # bytes, which is past what malloc keeps by itself
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(n, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < n // resource.getpagesize() // 10
+
+
 def test_autocast_computes_products_in_the_dtype_and_fp32_is_none() -> None:
     x = torch.ones(2, 2)
     with warnings.catch_warnings():
@@ -157,3 +177,10 @@ def test_the_end_of_a_job_is_what_slurm_says_if_it_says_so(monkeypatch: pytest.M
     assert runtime.job_ends_at() == 1790000000.0
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
     assert runtime.job_ends_at() is None
+
+
+def test_what_a_process_holds_is_what_it_took() -> None:
+    n_bytes, before = 64 << 20, runtime.resident_bytes()
+    with mmap.mmap(-1, n_bytes) as held:  # new memory, whatever the heap still has
+        held.write(b"1" * n_bytes)
+        assert 0.9 * n_bytes < runtime.resident_bytes() - before < 2.5 * n_bytes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gpt import config, growth, hf, runtime, settle, tokenizer
+from gpt import config, growth, hf, memory, runtime, settle, tokenizer, trainer
 from gpt.data import Data, Loader, open_data
 from gpt.durable import CorruptError
 from gpt.loss import NextToken
@@ -291,3 +291,52 @@ def test_damage_found_while_opening_is_said_as_such(here: Path) -> None:
     Path("data/cats/manifest.json").write_text(json.dumps({}))
     with pytest.raises(CorruptError):
         opened()
+
+
+# The micro-batch
+
+
+def test_what_surely_fits_is_not_gone_through_and_the_rest_is_held_against_what_is_free(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, data = opened()
+    shape, of = agreed(given, data).model, settle.setting(given, "cpu", "float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "needs", lambda *_: pytest.fail("gone through"))
+        assert settle.fits(shape, of, 1e12)(64)
+    so_many = settle.fits(shape, of, memory.needs(shape, of)(8).total)
+    assert so_many(2) and so_many(8) and not so_many(9)
+    eight = memory.needs(shape, of)(8)
+    assert not settle.fits(shape, of, eight.total - eight.weights)(8)
+    assert settle.fits(shape, of, eight.total - eight.weights, beside=True)(8), "the weights are there already"
+
+
+def test_an_update_confirms_the_micro_batch_and_what_is_out_of_memory_is_halved(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = trainer.update, []
+
+    def limited(
+        forward: object, optimizer: object, batch: object, config: object, choices: Choices, *rest: object
+    ) -> object:
+        tried.append(choices.micro_batch)
+        if choices.micro_batch > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(forward, optimizer, batch, config, choices, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "update", limited)
+    train(settings("train.micro_batch=auto", "train.steps=2"), console=CONSOLE)
+    assert tried == [4, 2, 2, 2], "two tries, of which the second spares the preflight's, and two steps"
+    chosen = config.load(TrainConfig, Path("runs/tiny/config.yaml"), []).choices
+    assert chosen is not None and chosen.micro_batch == 2
+
+
+def test_a_micro_batch_that_was_set_is_not_tried_smaller(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(trainer, "update", failing)
+    with pytest.raises(torch.OutOfMemoryError, match="an update of 4 rows of 16 tokens"):
+        train(settings(), console=CONSOLE)
+    with pytest.raises(torch.OutOfMemoryError, match="an update of 1 rows of 16 tokens"):
+        train(settings("name=other", "train.micro_batch=auto"), console=CONSOLE)

@@ -1,6 +1,7 @@
 """What a process owes the shell, tried on real processes."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -225,3 +226,16 @@ def test_a_rank_that_ends_because_of_another_says_one_short_line(monkeypatch, st
     monkeypatch.setenv("RANK", "3")
     result = outcome(statement)
     assert (result.returncode, result.stderr) == (code, words)
+
+
+def test_what_imports_leave_behind_is_searched_for_garbage_neither_then_nor_later():
+    try:
+        before = gc.get_freeze_count()
+        with signals.loading():
+            assert not gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+    with pytest.raises(ImportError), signals.loading():
+        raise ImportError
+    assert gc.isenabled()

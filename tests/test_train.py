@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,13 +65,30 @@ def test_a_second_process_on_the_same_run_is_refused(corpus: Path, tmp_path: Pat
     assert second.returncode == 2 and f"pid {first.pid}" in second.stderr
 
 
+def test_nothing_is_imported_for_ranks_compiling_or_tables_that_a_run_does_not_have(
+    corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").symlink_to(corpus / "data")
+    (tmp_path / "small.yaml").write_text(settings(steps=2))
+    line = [sys.executable, "-X", "importtime", *command("small.yaml", "log.sample_every=null")[1:]]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "pydantic", "gpt.trainer"} <= loaded
+    slow = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "numpy.ma",
+            "wandb", "transformers", "pyarrow", "torchao", "gpt.prepare", "gpt.budget", "gpt.rehearsal"}  # fmt: skip
+    assert not loaded & slow
+
+
 def test_a_missing_data_set_is_prepared_from_its_recipe(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "small.yaml").write_text(f"input: [{corpus / 'poems.jsonl'}]\nvocab_size: 300\n")
-    (tmp_path / "small.yaml").write_text(settings(steps=2))
-    done = subprocess.run(command("small.yaml"), cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "small.yaml").write_text(settings(steps=6))
+    done = subprocess.run(command("small.yaml", "train.profile=1"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data/small/manifest.json").is_file()
+    assert "runs/small/trace.json.gz" in done.stdout
+    assert done.stderr == "", "nor does torch's profiler tell of itself"
 
 
 def test_help_keys_and_print_answer(tmp_path: Path) -> None:

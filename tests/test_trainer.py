@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import gc
 import io
@@ -16,7 +17,7 @@ from rich.console import Console
 from teams import load_weights
 from tiny import weights
 
-from gpt import config, prepare, saving, settle, signals, trainer
+from gpt import config, judge, prepare, runtime, saving, settle, signals, trainer
 from gpt.model import GPT
 from gpt.ranks import Sizes
 from gpt.run import RunDirectory
@@ -94,6 +95,80 @@ def test_a_run_interrupted_after_any_of_its_steps_and_again_five_times_has_the_b
         train(settings(name, steps), console=CONSOLE)
         assert curve(f"from-{begin}") == curve("whole")
         assert weights(f"from-{begin}", 26) == weights("whole", 26)
+
+
+FP16 = ("train.dtype=float16", "train.device=cpu", "numbers.on_bad=stop")
+
+
+@pytest.fixture
+def too_steep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of update 7 is so steep that float16 bears a scale of 2^12 and no larger one, as if by its batch."""
+    real = judge.LossScale.too_large
+
+    def limited(self: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
+        steep = made and made[-1] == 7 and self.value > 2**12
+        return real(self, loss, grad_norm * torch.inf if steep else grad_norm)
+
+    made: list[int] = []
+    update_ = trainer.update
+
+    def counted(*args: Any) -> Any:
+        made.append(args[5])
+        return update_(*args)
+
+    monkeypatch.setattr(trainer, "update", counted)
+    monkeypatch.setattr(judge.LossScale, "too_large", limited)
+
+
+def test_bfloat16_ends_within_half_a_percent_of_float32(grammar: Path) -> None:
+    """As on longer texts (docs/experiments.md): the weights that bf16 products move are fp32."""
+    steps = "train.steps=80"
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        train(settings(f"name={dtype}", f"train.dtype={dtype}", "train.device=cpu", steps), console=CONSOLE)
+        losses[dtype] = metrics(dtype, "eval")[-1]["val_loss"]
+        first = metrics(dtype, "eval")[0]["val_loss"]
+        assert losses[dtype] < 0.9 * first, "it has learned"
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.005)
+
+
+def test_float16_trains_like_float32_halves_its_scale_and_resumes_bit_for_bit(
+    grammar: Path, too_steep: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings("name=whole", *FP16), console=CONSOLE)
+    train(settings("name=exact", "train.dtype=float32", "train.device=cpu"), console=CONSOLE)
+    for (step, loss, norm), (_, exact, exact_norm) in zip(curve("whole"), curve("exact"), strict=True):
+        assert loss == pytest.approx(exact, rel=0.01) and norm == pytest.approx(exact_norm, rel=0.1), step
+    assert [step for step, *_ in curve("whole")] == list(range(1, 13)), "no update is left out"
+    state = json.loads(Path("runs/whole/checkpoints/step_00000012/state.json").read_text())
+    assert state["scale"] == [2**12, 6] and state["bad"] == []
+    for step in (6, 9):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(signals.Stopped):
+                train(settings(*FP16), console=CONSOLE)
+    train(settings(*FP16), console=CONSOLE)
+    assert curve("tiny") == curve("whole")
+    assert weights("tiny", 12) == weights("whole", 12)
+
+
+def test_the_loss_scale_changes_no_gradient_that_float16_can_hold(grammar: Path) -> None:
+    """Of float32 arithmetic nothing changes at all: a power of two does not round."""
+    from trained import CHOICES, batch, config_of
+
+    from gpt.loss import NextToken
+    from gpt.model import init_weights
+    from gpt.optim import Optimizer
+
+    given, found = config_of({}), []
+    for scale in (None, judge.LossScale([2.0**12, 0])):
+        model = GPT(given.model)
+        init_weights(model, 3)
+        optimizer = Optimizer(model, given.optim)
+        numbers = update(NextToken(model), optimizer, batch(1), given, CHOICES, 1, scale=scale)
+        found.append([*numbers, *(p.detach() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_saving_beside_the_training_changes_no_byte(grammar: Path) -> None:
@@ -422,3 +497,20 @@ def test_ranks_say_how_they_share_the_work_and_that_none_can_sample(n: Sizes, sa
     trainer._say_ranks(SimpleNamespace(n=n, team=SimpleNamespace(size=2), canonical=False), sampling, lines.append)
     assert lines[0].startswith("ranks: 2 (") and len(lines) == said
     assert all("samples: left out" in line for line in lines[1:])
+
+
+def test_a_small_model_s_run_goes_on_with_the_one_thread_that_it_chose(
+    grammar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "n_cores", lambda: 2)
+    before, console = torch.get_num_threads(), Console(record=True, file=io.StringIO())
+    try:
+        for updates in (2, None):
+            with contextlib.suppress(signals.Stopped):
+                train(settings("train.threads=auto", "train.device=cpu"), updates=updates, console=console)
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert "threads: 1 (" in console.export_text()
+    kept = config.load(TrainConfig, Path("runs/tiny/config.yaml"), []).choices
+    assert kept is not None and kept.threads == 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt import parallel, resume, runtime, settle, trainer
+from gpt.averages import Average
 from gpt.data import IGNORED, Batch
 from gpt.loss import NextToken, Preferences
 from gpt.model import GPT, init_weights
@@ -83,6 +84,8 @@ def trained(team: Team, how: dict[str, Any]) -> dict[str, Any]:
     if how.get("compile") and not ranks.alone:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     compiled = {"compile": how.get("compile", False) and not ranks.alone, "checkpointing": config.train.checkpointing}
+    average = Average(parts, how.get("ema"), config.train.steps, functools.partial(parallel.resharded, objective))
+    average.begin()
     forward = parallel.applied(objective, **compiled, ranks=ranks)
     objective.train()
     made = {"dtype": how.get("dtype", "float32"), "micro_batch": how.get("micro_batch", 2)}
@@ -94,13 +97,15 @@ def trained(team: Team, how: dict[str, Any]) -> dict[str, Any]:
         given = batch(step, packed=how.get("packed", False), pairs=config.objective.of_pairs)
         loss, norm = update(forward, optimizer, given, config, choices, step, ranks)
         curve.append([float(loss), float(norm)])
+        average.follow(step)
         if how.get("evaluate"):  # between updates, as in a run
             objective.eval()
-            with torch.inference_mode():
+            with average.shown(), torch.inference_mode():
                 scores = list(ranks.dealt([batch(99 + i) for i in range(3)], lambda b: [float(objective(*b.given))]))
             curve.append([score for (score,) in scores])
             objective.train()
-    return {"curve": curve, **written(parts, optimizer, team)}
+    with average.shown():
+        return {"curve": curve, **written(parts, optimizer.state() | average.state(), team)}
 
 
 def _objective(config: settle.TrainConfig, ranks: Ranks) -> tuple[NextToken | Preferences, GPT | None]:
@@ -119,8 +124,9 @@ def _gone_back(config: settle.TrainConfig, objective: NextToken, parts: Parts, w
     def fill(latest: Path | None) -> None:
         settle.fill(objective.model, parts, config, latest, lambda: weights)
 
+    config = config.model_copy(update={"choices": CHOICES})
     saves: Any = SimpleNamespace(latest=lambda team: None)
-    optimizer, restore = trainer._restored(config, objective, parts, resume.Origin(), saves, fill)
+    optimizer, _, restore = trainer._restored(config, objective, parts, resume.Origin(), saves, fill)
     forward = parallel.applied(objective, compile=False, ranks=parts.ranks)
     update(forward, optimizer, batch(98), config, CHOICES, 1, parts.ranks)
     with torch.inference_mode():
@@ -128,9 +134,8 @@ def _gone_back(config: settle.TrainConfig, objective: NextToken, parts: Parts, w
     restore()
 
 
-def written(parts: Parts, optimizer: Optimizer, team: Team) -> dict[str, Any]:
-    """The weights and the optimizer's state, put together on rank 0 from every rank's slices; gathered weights are the same."""
-    state = optimizer.state()
+def written(parts: Parts, state: dict[str, Tensor], team: Team) -> dict[str, Any]:
+    """The weights and what stands beside them, put together on rank 0 from every rank's slices; gathered weights are the same."""
     own = {name: parts.local(name) for name in parts.parameters}
     keys = {*own}.union(*team.gather(list(state)))
     gathered = parts.whole(list(own), own)

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 Flex = Callable[..., Tensor]  # FlexAttention's kernel (Dong et al. 2024), compiled
 FEW = 16  # queries
+SHORT = 1024  # keys of all rows and groups that one query each meets, below which torch's fused kernel costs a CPU less
 BLOCK = 128  # positions of a block mask's block: FlexAttention's own
 
 
@@ -131,6 +132,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if mask.flex is not None:
         return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
     if q.shape[2] == 1 and (q.device.type == "cpu" or mask.allowed is not None):
+        if q.device.type == "cpu" and mask.bias is None and k.shape[0] * k.shape[1] * k.shape[2] <= SHORT:
+            grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # the heads of a group as so many queries
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.allowed).view(q.shape)
         return written_out(q, k, v, mask)
     if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
         return written_out(q, k, v, mask)

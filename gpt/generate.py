@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt.cache import KVCache, leave, spread
 from gpt.graphs import WORTH, Graphs
 from gpt.model import GPT
-from gpt.runtime import key
+from gpt.runtime import key, lone_thread
 from gpt.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "eos", "length"]
@@ -256,9 +256,11 @@ class _Batch:
             self.rows[row].append(token)
         if self.cache.host.longest == self.context:
             self._shorten()
-        logits = (
-            self.model(chosen, cache=self.cache)[:, -1] if self.graphs is None else self.graphs.step(chosen, self.cache)
-        )
+        if self.graphs is not None:
+            logits = self.graphs.step(chosen, self.cache)
+        else:
+            with lone_thread():
+                logits = self.model(chosen, cache=self.cache)[:, -1]
         if self.past is not None:
             self.past.ids = self.rows[0]
         return logits

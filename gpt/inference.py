@@ -17,6 +17,8 @@ from gpt import runtime
 from gpt.model import GPT, Attention, GainFreeRMSNorm, GatedMLP, RMSNorm
 
 FEW = 16  # rows
+# What one thread does in the time that waking another costs twice over: bytes of a weight read, multiplications.
+WORTH_WAKING = 8 << 20, 3 << 24
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a sum of random products, by its size
 
 
@@ -28,9 +30,20 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.bias = bias
+        self.n_bytes = weight.numel() * weight.itemsize
+        self.threads = torch.get_num_threads()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        """x (..., K) -> (..., N), by all threads where it is worth it, even where one computes alone (`runtime.lone_thread`)."""
+        products = x.numel() * self.out_features
+        alone = torch.get_num_threads()
+        wakes = alone < self.threads and (self.n_bytes > WORTH_WAKING[0] or products > WORTH_WAKING[1])
+        if wakes:
+            torch.set_num_threads(self.threads)
+        out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if wakes:
+            torch.set_num_threads(alone)
+        return out
 
 
 class LeanNorm(nn.Module):

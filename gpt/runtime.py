@@ -117,6 +117,20 @@ def threads_sleep() -> bool:
     return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" if spins is None else spins == "0"
 
 
+@contextmanager
+def lone_thread() -> Iterator[None]:
+    """Where threads sleep, one computes alone, within, what is too small to wake others for."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not threads_sleep():
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def compiler_missing() -> str | None:
     """Why torch.compile cannot work for CPU code here, or None."""
     if sys.platform == "win32":

@@ -73,11 +73,12 @@ def real(name: str, rows: int) -> dict[str, Any]:
     from gpt.trainer import update
 
     config = settings(name)
-    device, dtype, threads, _ = settle.machine(config)
+    device, dtype, _, _ = settle.machine(config)
+    model = GPT(config.model)
+    threads = settle.threads(config, model)
     runtime.setup(device, threads)
     facts = {"data": "", "torch": "", "cpu": "", "steps": config.train.steps}
     choices = Choices(device=device, dtype=dtype, threads=threads, compile=False, micro_batch=rows, **facts)
-    model = GPT(config.model)
     init_weights(model, 1)
     objective = settle.objective(config, model, None)
     forward, optimizer = applied(objective, compile=False), Optimizer(model, config.optim)

@@ -146,8 +146,9 @@ def facts(config: TrainConfig, size: int | None = None, card: str | None = None,
     shape, source = _shape(config)
     if config.data.seq_len > (shape.max_seq_len or 0):
         raise ValueError(f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({shape.max_seq_len})")
+    held = runtime.resident_bytes()  # by what a run imports too; the plan's own means come after
     model = memory.bare(shape, config.adapter)
-    target = _target(config, model, size, card, devices)
+    target = _target(config, model, held, size, card, devices)
     counts = memory.parameters(shape, settle.setting(config, target.device, target.dtype))
     try:
         data = open_data(config.data)
@@ -158,7 +159,9 @@ def facts(config: TrainConfig, size: int | None = None, card: str | None = None,
     return Facts(config, target, shape, source, model, counts, data, chosen, others, fits)
 
 
-def _target(config: TrainConfig, model: GPT, size: int | None, card: str | None, devices: int | None) -> Target:
+def _target(
+    config: TrainConfig, model: GPT, held: int, size: int | None, card: str | None, devices: int | None
+) -> Target:
     given = [getattr(config.parallel, axis) for axis in AXES]
     n = devices or prod(each for each in given if each != "auto")
     if card is not None:
@@ -178,7 +181,7 @@ def _target(config: TrainConfig, model: GPT, size: int | None, card: str | None,
                 f"{error}; to plan for a machine that is not this one, say which, or its memory: --device h100, --memory 12GB"
             ) from None
         return Target(device, dtype, size, 0, 1, None, None, f"{device}, {dtype}")
-    process = runtime.resident_bytes() + KERNELS if device == "cpu" else 0
+    process = held + KERNELS if device == "cpu" else 0
     threads = settle.threads(config, model)
     runtime.setup(device, threads)
     rates = probe.measured(device, dtype)

@@ -100,7 +100,8 @@ def main(argv: list[str]) -> int | None:
     if args.plan:
         from gpt import budget, memory, page
 
-        for block in budget.blocks(settings, None if args.memory is None else memory.size(args.memory)):
+        room = None if args.memory is None else memory.size(args.memory)
+        for block in budget.blocks(settings, room, args.device, args.devices):
             page.draw(block, console)
         return None
     data = settings.data

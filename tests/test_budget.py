@@ -289,12 +289,19 @@ def test_settings_that_cannot_be_trained_are_refused(tmp_path: Path, override: s
         blocks(tmp_path, SMALL, override)
 
 
-def test_the_command_prints_it_and_trains_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--memory", "1GB"], ["planned with: train.micro_batch=2", "measured"]),
+        (["--device", "h100", "--devices", "2"], ["2 x ", "each device", "as published"]),
+    ],
+)
+def test_the_command_prints_it_and_trains_nothing(tmp_path: Path, flags: list[str], said: list[str]) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
-    command = [sys.executable, str(ROOT / "train.py"), "small.yaml", "--plan", "--memory", "1GB"]
+    command = [sys.executable, str(ROOT / "train.py"), "small.yaml", "--plan", *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "planned with: train.micro_batch=2" in done.stdout and "measured" in done.stdout
+    assert all(words in done.stdout for words in said), done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
 
 

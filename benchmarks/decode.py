@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gpt import inference, runtime
+from gpt import inference, probe, runtime
 from gpt.generate import Sampling, generate
 from gpt.model import GPT, ModelConfig, init_weights
 
@@ -85,14 +85,6 @@ def bandwidth(n_bytes: int) -> float:
         return n_bytes / min(seconds(call) for call in calls for _ in range(12))
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP a second of products of two matrices."""
-    n = 2048
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    with torch.inference_mode():
-        return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(8))
-
-
 def agreement(a: list[list[int]], b: list[list[int]]) -> float:
     """How much of the rows comes before the first token that differs."""
     shared = [
@@ -128,7 +120,7 @@ def main() -> None:
     how = inference.ready(ours, "cpu")
     dtype = ours.model.embed_tokens.weight.dtype
     theirs.to(dtype)
-    read, rate = bandwidth(matrices * dtype.itemsize), matmul_rate(dtype)
+    read, rate = bandwidth(matrices * dtype.itemsize), probe.matmul_rate("cpu", str(dtype)[6:])
     print(f"{how}; transformers in {str(dtype)[6:]}; {args.threads} threads; load {os.getloadavg()[0]:.1f}")
     print(f"the machine: {read / 1e9:.1f} GB/s read, {rate / 1e9:.0f} GFLOP/s; same ids in fp32: {same:.0%}")
     n = 16 if args.quick else 48

@@ -1,15 +1,20 @@
 """How fast are batches made? Ours against nanoGPT's random-offset reads and torch's DataLoader, on one token file.
 
-    python benchmarks/loader.py [--quick] [--dir DIRECTORY]
+    python benchmarks/loader.py [--quick] [--memory] [--dir DIRECTORY]
 
 Makes a data set of random ids in DIRECTORY (a temporary one), reads it once so that all sides find it in the page cache
 and our blocks are verified, then alternates the sides. Prints a table and, last, one JSON line.
+
+`--memory` asks instead what a process holds that makes batches of shards of 1 MB to 10 GB, each size in a process of its own: 2,000
+batches of 16 random rows of 256 tokens, which at 10 GB touch most blocks once.
 """
 
 import argparse
 import itertools
 import json
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt import durable  # noqa: E402
+from gpt import durable, runtime  # noqa: E402
 from gpt.data import Batch, Data, DataConfig, Loader, Part, prefetched  # noqa: E402
 from gpt.shards import Document, TokenSet, write_manifest, write_shard  # noqa: E402
 
@@ -39,8 +44,9 @@ def make(directory: Path, n_tokens: int) -> tuple[TokenSet, Path]:
     per_shard = min(n_tokens, 1 << 25)
     with durable.Directory(directory / "set") as target, (directory / "train.bin").open("wb") as raw:
         entries = []
+        ids = rng.integers(1, VOCAB, per_shard, dtype=np.uint16)
         for i in range(-(-n_tokens // per_shard)):
-            ids = rng.integers(1, VOCAB, per_shard, dtype=np.uint16)
+            ids = np.roll(ids, i)  # other tokens at each place, sooner than drawing them
             bounds = np.append(np.cumsum(rng.integers(1, 1600, per_shard // 800)), per_shard).clip(max=per_shard)
             bounds = np.unique(np.append(0, bounds))
             ids[bounds[:-1]] = 0
@@ -177,15 +183,55 @@ def waiting(tokens: TokenSet, rows: int, seq_len: int, seconds: float) -> dict[s
     )
 
 
+def held(directory: Path, n_batches: int) -> None:
+    """Make batches of the set in `directory` and print resident MB: before it is opened, afterwards, and the most."""
+    before = runtime.resident_bytes()
+    tokens = TokenSet(directory / "set", "train")
+    made = ours(loader(tokens, 16, 256))
+    next(made)
+    opened = runtime.resident_bytes()
+    for _ in itertools.islice(made, n_batches):
+        pass
+    print(json.dumps([before, opened, runtime.peak_memory_bytes("cpu")]))
+
+
+def memory(scratch: Path, sizes: list[int], n_batches: int) -> list[dict[str, object]]:
+    """How much of it follows the size of the data."""
+    results = []
+    for size in sizes:
+        directory = scratch / str(size)
+        directory.mkdir()
+        tokens, file = make(directory, size // 2)
+        file.unlink()
+        command = [sys.executable, str(Path(__file__).resolve()), "--held", str(directory), "--batches", str(n_batches)]
+        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        before, opened, most = (n / 1e6 for n in told)
+        name = f"{2 * tokens.n_tokens / 1e6:,.0f} MB of shards, {tokens.n_documents:,} documents"
+        results.append(row(name, most - before, None, None, "MB above imports", None))
+        print(f"{'':44} {before:,.0f} MB before, {opened:,.0f} after the first batch, {most:,.0f} at most", flush=True)
+        shutil.rmtree(directory)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less data and fewer rounds: within a minute")
+    parser.add_argument("--memory", action="store_true", help="how memory follows the size of the shards")
     parser.add_argument("--dir", type=Path, help="where the data set is made (a temporary directory)")
+    parser.add_argument("--held", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--batches", type=int, default=2000, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.held is not None:
+        held(args.held, args.batches)
+        return
     results = []
     if args.dir is not None:
         args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
+        if args.memory:
+            sizes = [10**6, 10**8] if args.quick else [10**6, 10**7, 10**8, 10**9, 10**10]
+            print(json.dumps(memory(Path(scratch), sizes, 200 if args.quick else args.batches)))
+            return
         tokens, file = make(Path(scratch), (1 << 24) if args.quick else (1 << 29))
         print(f"{tokens.n_tokens:,} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
         began = time.perf_counter()

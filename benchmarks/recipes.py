@@ -30,11 +30,18 @@ CHANGES: dict[str, list[str]] = {
     "head of its own": ["model.tie_embeddings=false"],
     "logits capped at 15": ["model.logit_softcap=15"],
     "dropout 0.1": ["model.dropout=0.1"],
+    "dropout 0.2": ["model.dropout=0.2"],
     "weight decay 0.4, falling": ["optim.weight_decay=0.4", "optim.scheduled_decay=true"],
+    "weight decay 1.6, falling": ["optim.weight_decay=1.6", "optim.scheduled_decay=true"],
+    "dropout 0.1 and weight decay 0.4, falling": [
+        "model.dropout=0.1",
+        "optim.weight_decay=0.4",
+        "optim.scheduled_decay=true",
+    ],
     "cautious decay": ["optim.cautious=true"],
     "momentum from 0.85": ["optim.momentum_warmup=300"],
     "average of the weights": ["optim.ema=0.02"],
-    "half the learning rate": ["optim.lr=0.01", "optim.adamw_lr=0.005"],
+    "lower learning rates": ["optim.lr=0.01", "optim.adamw_lr=0.005"],
     "AdamW at 0.004": ["optim.kind=adamw", "optim.lr=0.004", "optim.adamw_lr=null"],
 }
 
@@ -55,6 +62,7 @@ def trained(
             f"name={name}",
             f"seed={seed}",
             f"train.time={seconds}",
+            "train.steps=null",
         ]
         quiet = [
             "train.threads=1",
@@ -106,13 +114,13 @@ def main() -> None:
     print(
         f"{args.config.name}, {args.seconds:.0f} s on one core each, {args.seeds} seeds; load {os.getloadavg()[0]:.1f}"
     )
-    print(f"{'':28}{'bits/byte':>10}{'spread':>9}{'against':>9}{'updates':>9}")
+    print(f"{'':42}{'bits/byte':>10}{'spread':>9}{'against':>9}{'updates':>9}")
     results = []
     for name in names:
         each = [found[name, seed] for seed in range(1, args.seeds + 1)]
         scores = [one["val_bpb"] for one in each]
         mean, updates = statistics.mean(scores), statistics.mean(one["step"] for one in each)
-        print(f"{name:28}{mean:10.4f}{max(scores) - min(scores):9.4f}{mean - base:+9.4f}{updates:9.0f}")
+        print(f"{name:42}{mean:10.4f}{max(scores) - min(scores):9.4f}{mean - base:+9.4f}{updates:9.0f}")
         results.append({"case": name, "ours": mean, "peer": base, "peer_name": names[0], "unit": "bits/byte",
                         "ratio": base / mean, "limit_share": None})  # fmt: skip
     print(json.dumps(results))

@@ -11,7 +11,7 @@ Printed: medians over the rounds, the loss after the same number of updates, the
 (6 FLOPs a matrix parameter and 12 H D T a layer for a token), and the peak of resident memory.
 
 `--growth` asks instead how the step grows: with the context from 128 to 4,096, and with the model from 1M to 350M parameters;
-each against what the FLOP formula predicts from the fastest of them.
+each against what the FLOP formula predicts from the smallest of them.
 
 Prints tables and, last, one JSON line.
 """
@@ -285,35 +285,51 @@ def compared(name: str, pairs: int) -> list[dict[str, Any]]:
 
 
 def grown(pairs: int) -> list[dict[str, Any]]:
-    """Our eager step at several lengths and sizes, each with what the FLOP formula makes of the fastest."""
-    base = {**LLAMA, "n_head": 8, "n_kv_head": 4, "n_layer": 6, "d_model": 512, "vocab_size": 8_192}
-    sizes = {"1M": (4, 128), "10M": (6, 320), "35M": (8, 512), "124M": (12, 768), "350M": (24, 1024)}
-    cases = {f"T {n:,}": ({**base, "max_seq_len": n}, 4096 // n, n) for n in (128, 256, 512, 1024, 2048, 4096)}
-    for size, (n_layer, d_model) in sizes.items():
-        cases[size] = (
-            {**base, "n_layer": n_layer, "d_model": d_model, "n_head": d_model // 64, "n_kv_head": d_model // 64},
-            4,
-            256,
-        )
-    out = []
-    for name, (shape, rows, seq_len) in cases.items():
-        from gpt import plan
-        from gpt.model import GPT, ModelConfig
+    """Our eager step at several lengths and sizes, in turn, each against what the FLOP formula makes of the smallest."""
+    from gpt import plan, probe
+    from gpt.model import GPT, ModelConfig
 
-        shape.pop("max_seq_len", None)
-        flops = rows * seq_len * plan.flops_per_token(GPT(ModelConfig(**shape, max_seq_len=seq_len)), seq_len)
-        step, given = ours(shape, rows, seq_len, compile=False), batches(shape["vocab_size"], rows, seq_len)
-        took = []
-        for i in range(WARM + pairs):
-            start = time.perf_counter()
-            step(next(given))
-            if i >= WARM:
-                took.append(time.perf_counter() - start)
-        out.append({"case": name, "seconds": statistics.median(took), "rate": flops / statistics.median(took)})
-        print(
-            f"{name:8} {1000 * out[-1]['seconds']:9.1f} ms {flops / 1e9:9.0f} GFLOP {out[-1]['rate'] / 1e9:8.0f} GFLOP/s",
-            flush=True,
-        )
+    base = {**LLAMA, "n_head": 8, "n_kv_head": 4, "n_layer": 6, "d_model": 512, "vocab_size": 8_192}
+    lengths = {f"T {n:,}": (base, 4096 // n, n) for n in (128, 256, 512, 1024, 2048, 4096)}
+    sizes = {}
+    for size, (n_layer, d_model) in {
+        "1M": (4, 64),
+        "10M": (6, 256),
+        "35M": (8, 512),
+        "124M": (12, 768),
+        "350M": (24, 1024),
+    }.items():
+        heads = max(2, d_model // 64)
+        sizes[size] = ({**base, "n_layer": n_layer, "d_model": d_model, "n_head": heads, "n_kv_head": heads}, 4, 256)
+    out = []
+    for cases in (lengths, sizes):
+        steps, flops, took = {}, {}, {name: [] for name in cases}  # type: ignore[var-annotated]
+        for name, (shape, rows, seq_len) in cases.items():
+            model = GPT(ModelConfig(**shape, max_seq_len=seq_len))
+            flops[name] = rows * seq_len * plan.flops_per_token(model, seq_len)
+            steps[name] = ours(shape, rows, seq_len, compile=False), batches(shape["vocab_size"], rows, seq_len)
+            print(f"{name:8} {plan.n_parameters(model) / 1e6:6.1f}M parameters, {rows} x {seq_len:,} tokens")
+            del model
+        for i in range(pairs + 1):  # the first round warms up
+            for name, (step, given) in steps.items():
+                step(next(given))  # not timed, as of the sides
+                start = time.perf_counter()
+                step(next(given))
+                if i:
+                    took[name].append(time.perf_counter() - start)
+        seconds = {name: statistics.median(each) for name, each in took.items()}
+        first, rate = next(iter(cases)), probe.matmul_rate("cpu", "bfloat16")
+        for name in cases:
+            formula = seconds[first] * flops[name] / flops[first]
+            share, ratio = flops[name] / seconds[name] / rate, seconds[name] / formula
+            print(
+                f"{name:8} {1000 * seconds[name]:9.1f} ms {flops[name] / 1e9:9.0f} GFLOP, {share:.2f} of products; "
+                f"by the formula from {first}: {1000 * formula:9.1f} ms, {ratio:.2f} of it",
+                flush=True,
+            )
+            out.append({"case": name, "ours": seconds[name], "peer": formula, "peer_name": f"the FLOPs, from {first}",
+                        "unit": "s", "ratio": 1 / ratio, "limit_share": share})  # fmt: skip
+        steps.clear()
     return out
 
 

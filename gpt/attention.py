@@ -160,8 +160,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         scores = _products(rows, k[:, :, :seen]).view(B, H, stop - start, seen)
         if mask.bias is not None:
             scores = scores + mask.bias[:, :, start:stop, :seen].to(q.dtype)
-        if (hidden := _hidden(mask, start, stop, seen, q.device)) is not None:
-            scores = scores + _minus_infinity(hidden, q.dtype)
+        if mask.allowed is not None:
+            scores = scores + _minus_infinity(~mask.allowed[:, :, start:stop, :seen], q.dtype)
+        elif mask.causal:
+            scores = _without_later(scores)
         weights = scores.softmax(dim=-1).view(B, G, -1, seen)
         parts.append((weights @ v[:, :, :seen]).view(B, H, stop - start, D))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -177,17 +179,23 @@ def _added(mask: Mask, q: Tensor, k: Tensor) -> Tensor:
     """All of the mask as one tensor to add to the scores."""
     assert mask.bias is not None
     bias = mask.bias.to(q.dtype)
-    hidden = _hidden(mask, 0, q.shape[2], k.shape[2], q.device)
-    return bias if hidden is None else bias + _minus_infinity(hidden, q.dtype)
-
-
-def _hidden(mask: Mask, start: int, stop: int, seen: int, device: torch.device) -> Tensor | None:
-    """Which of the first `seen` keys the queries start .. stop - 1 may not see; None: they see all."""
     if mask.allowed is not None:
-        return ~mask.allowed[:, :, start:stop, :seen]
-    if mask.causal:
-        return torch.ones(stop - start, seen, dtype=torch.bool, device=device).triu(start + 1)
-    return None
+        return bias + _minus_infinity(~mask.allowed, q.dtype)
+    return bias + _later(q.shape[2], q) if mask.causal else bias
+
+
+def _without_later(scores: Tensor) -> Tensor:
+    """Scores (B, H, n, S) of the last n of S positions, -inf for keys that come after their query: among the last n alone."""
+    n, seen = scores.shape[2:]
+    if scores.requires_grad:  # whole: to change a part costs the backward pass a copy
+        return scores + F.pad(_later(n, scores), (seen - n, 0))
+    scores[..., seen - n :] += _later(n, scores)
+    return scores
+
+
+def _later(n: int, like: Tensor) -> Tensor:
+    """(n, n): -inf where a key comes after the query, else 0."""
+    return torch.full((n, n), -math.inf, dtype=like.dtype, device=like.device).triu(1)
 
 
 def _minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ Work, memory, time and disk of these settings on this machine, or on known ones 
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
@@ -154,7 +154,8 @@ def facts(config: TrainConfig, size: int | None = None, card: str | None = None,
         data = open_data(config.data)
     except FileNotFoundError:
         data = None
-    chosen, others = _alone(config, target, shape) if target.devices == 1 else _among(config, target, shape)
+    trained = plan.n_trained(model)
+    chosen, others = _alone(config, target, shape) if target.devices == 1 else _among(config, target, shape, trained)
     fits = chosen.need.total <= target.room
     return Facts(config, target, shape, source, model, counts, data, chosen, others, fits)
 
@@ -187,7 +188,7 @@ def _target(
     rates = probe.measured(device, dtype)
     rates = speed.with_asking(rates, dtype) if device == "cpu" else rates
     words = f"{device}, {dtype}" + (f", {threads} threads" if device == "cpu" else "")
-    free = runtime.free_memory_bytes(device) if size is None else size
+    free = runtime.free_memory_bytes(device) if size is None else max(0, size - process)
     return Target(device, dtype, free, process, 1, None, rates, words)
 
 
@@ -196,8 +197,11 @@ def _machine(config: TrainConfig) -> tuple[str, str]:
     device = runtime.best_device()[0] if config.train.device == "auto" else config.train.device
     if config.train.dtype != "auto":
         return device, config.train.dtype
-    absent = device.startswith("cuda") and runtime.best_device()[0] != "cuda"
-    return device, "bfloat16" if absent else runtime.best_dtype(device)[0]
+    try:
+        runtime.check_device(device)
+    except ValueError:
+        return device, "bfloat16" if device.startswith("cuda") else "float32"
+    return device, runtime.best_dtype(device)[0]
 
 
 def _shape(config: TrainConfig) -> tuple[ModelConfig, str]:
@@ -242,20 +246,24 @@ def _alone(config: TrainConfig, target: Target, shape: ModelConfig) -> tuple[Div
     return Divided(Sizes(), rows, memory.need(shape, setting), update_s, 0.0), []
 
 
-def _among(config: TrainConfig, target: Target, shape: ModelConfig) -> tuple[Divided, list[Divided]]:
+def _among(config: TrainConfig, target: Target, shape: ModelConfig, trained: int) -> tuple[Divided, list[Divided]]:
     """(the fastest division, or the one that is set; it and those that come next). ValueError where none fits."""
     machine, clock = target.machine, _clock(config, target)
     assert machine is not None and clock is not None
     setting = settle.setting(config, target.device, target.dtype)
-    portions, update = division.portions(shape), division.Update(settle.rows(config), settle.row_length(config))
+    each = None if config.train.micro_batch == "auto" else config.train.micro_batch
+    portions = division.portions(shape, trained)
+    update = division.Update(settle.rows(config), settle.row_length(config), each)
+    check = partial(settle.check_parts, config)
     needs, paces = memory.needs(shape, setting), speed.paces(shape, setting, clock)
     found = sorted(
-        division.ways(portions, update, target.devices, target.room, needs, paces, machine),
+        division.ways(portions, update, target.devices, target.room, needs, paces, machine, check),
         key=lambda way: (way.update_s, way.n),
     )
     if config.parallel.model_fields_set & {*AXES}:
         asked = sizes(config.parallel, target.devices)
         found.sort(key=lambda way: way.n != asked)
+        settle.check_parts(config, asked)
         if not found or found[0].n != asked:
             takes = division.held(needs(1), portions, asked).total / GB
             raise ValueError(

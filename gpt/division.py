@@ -31,30 +31,33 @@ class Divided:
 
 @dataclass(frozen=True)
 class Portions:
-    """What FSDP2 gathers in one go: parameters of a block, and of all that is in no block."""
+    """What FSDP2 gathers in one go: parameters of a block, and of all that is in no block; and how many are trained."""
 
     config: ModelConfig
     block: int
     rest: int
+    trained: int
 
     @property
     def parameters(self) -> int:
         return self.config.n_layer * self.block + self.rest
 
 
-def portions(config: ModelConfig) -> Portions:
-    """Of a model of this shape."""
+def portions(config: ModelConfig, trained: int | None = None) -> Portions:
+    """Of a model of this shape, of which all or so many parameters are trained."""
     one = memory.bare(memory.samples(config)[0])
     block = plan.n_parameters(one.model.layers[0])
-    return Portions(config, block, plan.n_parameters(one) - block)
+    rest = plan.n_parameters(one) - block
+    return Portions(config, block, rest, config.n_layer * block + rest if trained is None else trained)
 
 
 @dataclass(frozen=True)
 class Update:
-    """Rows of an update, and tokens of each."""
+    """Rows of an update, tokens of each, and rows of a micro-batch where they are set."""
 
     rows: int
     row: int
+    micro_batch: int | None = None
 
 
 def held(need: Need, shape: Portions, n: Sizes) -> Need:
@@ -86,7 +89,8 @@ def told(shape: Portions, n: Sizes, tokens: int, machine: Machine) -> tuple[floa
     shards = 3 * whole * (n.shard - 1) / n.shard / link(n.shard * n.tensor)  # weights twice, gradients once
     stream = STREAM * tokens * shape.config.d_model
     layers = 8 * shape.config.n_layer * stream * (n.tensor - 1) / n.tensor / link(n.tensor)  # four forward, four back
-    copies = 2 * whole / n.shard * (n.replicate - 1) / n.replicate / link(n.replicate * n.shard * n.tensor)
+    each = 2 * FP32 * shape.trained / (n.shard * n.tensor)
+    copies = each * (n.replicate - 1) / n.replicate / link(n.replicate * n.shard * n.tensor)
     return shards, layers, copies
 
 
@@ -108,17 +112,20 @@ def ways(
     needs: Callable[[int], Need],
     paces: Callable[[int], Pace],
     machine: Machine,
+    check: Callable[[Sizes], object] = lambda n: None,
 ) -> Iterator[Divided]:
-    """Every division that is allowed and fits, each with the largest micro-batch that does."""
+    """Every division that fits, unless `check` raises a ValueError: each with the micro-batch that is set, or the largest."""
     for tensor in (d for d in divisors(devices) if d <= min(TENSOR, machine.box)):
         for shard in divisors(devices // tensor):
             n = Sizes(devices // tensor // shard, shard, tensor)
             try:
                 check_model(n, shape.config)
-                check_rows(n, update.rows, update.row, None)
+                check_rows(n, update.rows, update.row, update.micro_batch)
+                check(n)
             except ValueError:
                 continue
-            for rows in reversed(divisors(update.rows // n.n_data)):
+            several = divisors(update.rows // n.n_data)
+            for rows in reversed(several if update.micro_batch is None else [update.micro_batch]):
                 if held(needs(rows), shape, n).total <= room:
                     yield divided(shape, update, n, rows, needs(rows), paces(rows), machine)
                     break

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt import runtime, signals
+from gpt import parallel, runtime, signals
 from gpt.data import IGNORED, Batch, Loader
 from gpt.judge import Bad, Spike
 from gpt.loss import n_terms
@@ -64,22 +64,24 @@ def second_look(
     choices: Choices,
     step: int,
     ranks: Ranks = ALONE,
+    times: float = 1.0,
 ) -> list[Look]:
     """Compute a batch again, each micro-batch by itself; weights stay, gradients are gone when this returns.
 
-    Of several ranks each computes its share, as in the update, and all are told of all of it.
+    `times` is the loss scale. Of several ranks each computes its share, as in the update, and all are told of all of it.
     """
     parts = list(zip(*(x.split(choices.micro_batch) for x in batch.given), strict=True))
+    n = max(1, n_terms(config.objective, batch))
 
     def look(i: int) -> tuple[int, float, tuple[str, ...]]:
         """(i, loss by target of micro-batch i, what has gradients that are not finite)."""
         signals.beat()
         optimizer.drop()
         torch.manual_seed(runtime.key(config.seed, step, ranks.draws("dropout"), i))
-        with apart(forward):
+        with parallel.preferring(choices.fused), apart(forward):
             with runtime.autocast(choices.device, choices.dtype):
                 nats = forward(*(x.to(choices.device) for x in parts[i]))
-            nats.backward()
+            (nats / n * times).backward()
         optimizer.here.take()
         rows = len(parts[i][0])
         pairs = n_terms(config.objective, batch) * rows / len(batch.tokens)

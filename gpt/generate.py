@@ -5,7 +5,7 @@ Batch, stream, chat and samples during training all consume it. It reads no file
 
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpt.cache import KVCache, leave, spread
 from gpt.graphs import WORTH, Graphs
+from gpt.inference import PackedLinear
 from gpt.model import GPT
 from gpt.runtime import key, lone_thread
 from gpt.tokenizer import Tokenizer
@@ -229,8 +230,8 @@ class _Batch:
     def _read(self, start: int, stop: int, n_read: int = 0) -> Tensor:
         """Read the rows from place `start` to before `stop` from their token `n_read` on; features (n, C) of the last one.
 
-        One row is read in portions, so that what is computed at once is bounded; a prefix-LM's prompt, whose tokens see each
-        other, at once.
+        One row is read in portions, so that what is computed at once is bounded; at once a prefix-LM's prompt, whose tokens see
+        each other, and where the length decides by what angles all positions turn.
         """
         model, cache = self.model, self.cache.part(start, stop)
         rows, device = [self.rows[row] for row in self.order[start:stop]], cache.lengths.device
@@ -242,7 +243,9 @@ class _Batch:
         prefix = (slots < n_prompt).to(device) if model.config.prefix_lm else None
         at = slots.minimum(last[:, None]).to(device)  # padding goes no further
         cache.rewind(torch.full((len(rows),), n_read))
-        portion = longest if prefix is not None else max(1, PORTION // len(rows))
+        scaling = model.config.rope_scaling
+        whole = prefix is not None or (scaling is not None and scaling.kind == "dynamic")
+        portion = longest if whole else max(1, PORTION // len(rows))
         for tokens, positions in zip(padded.to(device).split(portion, 1), at.split(portion, 1), strict=True):
             features = model.features(tokens, positions, cache=cache, prefix=prefix)  # (n, T, C)
         ends = last.to(device) - (longest - features.shape[1])
@@ -259,7 +262,7 @@ class _Batch:
         if self.graphs is not None:
             logits = self.graphs.step(chosen, self.cache)
         else:
-            with lone_thread():
+            with lone_thread() if isinstance(self.model.lm_head, PackedLinear) else nullcontext():
                 logits = self.model(chosen, cache=self.cache)[:, -1]
         if self.past is not None:
             self.past.ids = self.rows[0]

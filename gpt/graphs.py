@@ -44,20 +44,21 @@ class Graphs:
         return self.model(self.tokens[:n_rows], cache=pinned(self.cache, n_rows, reach))[:, -1]
 
     def _capture(self, n_rows: int, reach: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
-        """The graph of a step and where it leaves its logits. None where the model cannot be captured (angles that grow with
-        the length are computed on the CPU): no more is then tried."""
-        lengths = self.cache.lengths.clone()
+        """The graph of a step and where it leaves its logits. None where the model cannot be captured: no more is then tried."""
+        lengths, before = self.cache.lengths.clone(), torch.cuda.current_stream()
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):  # libraries set themselves up in a first pass, which may not be captured
             self._compute(n_rows, reach)
-        torch.cuda.current_stream().wait_stream(stream)
+        before.wait_stream(stream)
         self.cache.lengths.copy_(lengths)  # that pass counted; the keys that it wrote are written again
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # What other threads ask of the device meanwhile, as the reader of a run's batches does, is not part of it.
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 logits = self._compute(n_rows, reach)
         except RuntimeError:
+            torch.cuda.set_stream(before)  # a capture that cannot end leaves its own
             self.pool = None
             return None
         self.captured[n_rows, reach] = graph, logits

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from gpt import runtime
 from gpt.model import GPT, Attention, GainFreeRMSNorm, GatedMLP, RMSNorm
+from gpt.positions import Angles
 
 FEW = 16  # rows
 # What one thread does in the time that waking another costs twice over: bytes of a weight read, multiplications.
@@ -80,9 +81,19 @@ class JoinedAttention(Attention):
         self.widths = [linear.out_features for linear in three]
         self.qkv_proj, self.o_proj = _joined(three, dtype), _joined([attention.o_proj], dtype)
 
-    def project(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
         return self.placed(q, k, v, angles)
+
+
+class BareAttention(JoinedAttention):
+    """The same, whose queries and keys are not normalized: they turn as one."""
+
+    def project(self, x: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.qkv_proj(x).view(*x.shape[:2], -1, self.d_head).transpose(1, 2)
+        H, G = (width // self.d_head for width in self.widths[:2])
+        turned = self.turn(heads[:, : H + G], angles)
+        return turned[:, :H], turned[:, H:], heads[:, H + G :]
 
 
 class JoinedMLP(GatedMLP):
@@ -95,7 +106,7 @@ class JoinedMLP(GatedMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.activation(gate).mul_(up))
 
 
 def ready(model: GPT, device: str, dtype: str | None = None) -> str:
@@ -150,7 +161,9 @@ def _pack(model: GPT, dtype: torch.dtype) -> None:
                 setattr(module, name, LeanNorm(norm, width))
     block: Any
     for block in model.model.layers:
-        block.self_attn = JoinedAttention(block.self_attn, dtype)
+        bare = isinstance(block.self_attn.q_norm, nn.Identity)
+        block.self_attn = (BareAttention if bare else JoinedAttention)(block.self_attn, dtype)
+        block.dropout = nn.Identity()
         if type(block.mlp) is GatedMLP:
             block.mlp = JoinedMLP(block.mlp, dtype)
         else:

@@ -54,7 +54,8 @@ class Bad(FloatingPointError):
 
 
 def finite(step: int, loss: Tensor, grad_norm: Tensor) -> tuple[float, float]:
-    """Both as numbers, fetched at once: the one time that an update waits for the device. Bad unless both are finite."""
+    """Both as numbers, fetched at once: the one time that an update waits for the device, unless it has a loss scale. Bad
+    unless both are finite."""
     numbers = torch.stack((loss, grad_norm.to(loss))).tolist()
     if not all(map(math.isfinite, numbers)):
         raise Bad(step, *numbers)
@@ -72,12 +73,15 @@ class LossScale:
 
     def __init__(self, state: Sequence[float] = ()) -> None:
         """`state` is what a checkpoint holds of it: the scale, and the updates since it last changed."""
-        value, good = state or (self.START, 0)
-        self.value, self.good = value, int(good)
+        self.become(state or (self.START, 0))
 
     @property
     def state(self) -> list[float]:
         return [self.value, self.good]
+
+    def become(self, state: Sequence[float]) -> None:
+        """What it was when its `state` was this."""
+        self.value, self.good = state[0], int(state[1])
 
     def too_large(self, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the gradient is not finite because of the scale, which is halved then; never at 1, or where the loss itself is

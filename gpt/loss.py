@@ -20,8 +20,11 @@ from gpt.model import GPT, product_dtype
 
 # Logits held at once: many rows, since each chunk reads the head's weight and adds to its gradient. Of those, in fp32 at once:
 # on the CPU 8 MB, which stay in its cache.
-CHUNK_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
-PIECE_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 26}
+CHUNK_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28, "mps": 1 << 24}
+PIECE_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 26, "mps": 1 << 24}
+HALF_ROWS = (
+    4096  # of a chunk in float16: the head's gradient is their sum, before any scale, and has to stay below 65,504
+)
 BETA = {"dpo": 0.1, "simpo": 2.0}  # of the papers; an average over tokens is smaller than a sum by the replies' length
 BETA_OF_AVERAGES = 5.0  # Lambert et al. 2024 (Tulu 3), table 20
 GAMMA = 1.0  # half of beta, in the middle of what Meng et al. 2024 search (section 4.2)
@@ -111,7 +114,7 @@ def _bent(logits: Tensor, targets: Tensor, softcap: float | None, slope: Tensor 
 class Whole:
     """The head's rows are all here; `parallel.Split` is the other kind."""
 
-    bent = staticmethod(_bent)  # what is made of a chunk of logits; `parallel` may put a compiled one here
+    bent = staticmethod(_bent)  # what is made of a chunk of logits
 
     def rows(self, weight: Tensor) -> Tensor:
         """Those of the head's rows that are here."""
@@ -148,7 +151,9 @@ def _sweep(
     In fp32, or in float64 where the features are. Where some rows of the head are elsewhere grad_x is this part's share.
     """
     nats = torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    rows, few = (max(1, held.get(x.device.type, 1 << 24) // len(w)) for held in (CHUNK_LOGITS, PIECE_LOGITS))
+    rows, few = (max(1, held[x.device.type] // len(w)) for held in (CHUNK_LOGITS, PIECE_LOGITS))
+    if x.dtype == torch.float16:
+        rows = min(rows, HALF_ROWS)
     for start in range(0, len(x), rows):
         chunk = slice(start, start + rows)
         logits = x[chunk] @ w.T

@@ -139,7 +139,7 @@ def _fused(calls: Tally, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
 
 def _chunk(device: str) -> int:
     """Logits that the loss makes at once on `device`."""
-    return loss.CHUNK_LOGITS.get(device.partition(":")[0], loss.CHUNK_LOGITS["cpu"])
+    return loss.CHUNK_LOGITS[device.partition(":")[0]]
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def _as_on(device: str) -> Iterator[None]:
     kind, held = device.partition(":")[0], (loss.CHUNK_LOGITS, loss.PIECE_LOGITS)
     before = [each["cpu"] for each in held]
     for each in held:
-        each["cpu"] = each.get(kind, each["cpu"])
+        each["cpu"] = each[kind]
     try:
         yield
     finally:
@@ -285,7 +285,8 @@ def _passed(shape: ModelConfig, setting: Setting) -> Pass:
         model = reference = _dressed(shape, setting.adapter)
         if setting.objective.kind == "dpo" and setting.adapter is None:
             reference = GPT(shape).eval().requires_grad_(False)
-        if setting.device.startswith("cuda") and shape.position != "relative":  # a bias needs the scores
+        written = shape.position == "relative" or shape.prefix_lm  # a bias, or a mask of every pair, needs the scores
+        if setting.device.startswith("cuda") and not written:
             for each in (model, reference):
                 each.model.mask = lambda *_: Mask(flex=partial(_fused, alive.calls))  # type: ignore[method-assign]
         objective = _objective(model, reference, setting)

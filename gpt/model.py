@@ -212,7 +212,7 @@ class Attention(nn.Module):
         q = self.q_norm(q.view(B, T, -1, self.q_normed)).view(B, T, -1, self.d_head)
         k = self.k_norm(k.view(B, T, -1, self.k_normed)).view(B, T, -1, self.d_head)
         v = v.view(B, T, -1, self.d_head)
-        return *self.turn(q.transpose(1, 2), k.transpose(1, 2), angles), v.transpose(1, 2)
+        return self.turn(q.transpose(1, 2), angles), self.turn(k.transpose(1, 2), angles), v.transpose(1, 2)
 
     def forward(self, x: Tensor, angles: Angles | None, mask: Mask, cache: KVCache | None, at: Tensor | None) -> Tensor:
         q, k, v = self.project(x, angles)

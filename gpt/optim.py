@@ -197,7 +197,8 @@ class Muon(Rule):
         super().__init__([{"params": params, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}])
         self.here, self.cautious = here, cautious
         first = params[0].device
-        self.dtype = runtime.DTYPES[runtime.best_dtype(str(first))[0]]  # of products that need no more than some bits
+        # Of products that need no more than some bits; float16 has no room for a gradient's small numbers.
+        self.dtype = torch.bfloat16 if runtime.best_dtype(str(first))[0] == "bfloat16" else torch.float32
         self.orthogonalize = runtime.compiled(orthogonalize) if compile and first.type == "cuda" else orthogonalize
 
     @torch.no_grad()
@@ -245,10 +246,11 @@ class Muon(Rule):
 
 @contextmanager
 def _shortened(part: Rule, shrink: Tensor | None) -> Iterator[None]:
-    """Within, a step of `part` sees its gradients times `shrink`. The fused kernel does that on its way, as for a loss scale."""
+    """Within, a step of `part` sees its gradients times `shrink`. The fused kernel does that on its way, as for a loss scale;
+    that of Apple's GPUs only since torch 2.13 (pull request 186360)."""
     if shrink is None:
         yield
-    elif isinstance(part, AdamW):
+    elif isinstance(part, AdamW) and shrink.device.type != "mps":
         part.grad_scale = shrink.reciprocal()
         try:
             yield

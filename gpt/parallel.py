@@ -192,9 +192,29 @@ class Fused(Whole):
         return found(logits, targets, softcap, slope, vocabulary)
 
 
+def _compile(block: Any, compile: bool) -> None:
+    """Have the compiler make the block's code when it is first called, or leave it as it is written."""
+    block._compiled_call_impl = None
+    if getattr(block.mlp, "activation", None) in (gelu_tanh, gelu_by_sigmoid):
+        block.mlp.activation = gelu_by_sigmoid if compile else gelu_tanh
+    if compile:
+        block.compile(dynamic=False)
+        block._compiled_call_impl = partial(_where_learned, block._compiled_call_impl, block._call_impl)
+
+
+def equipped(reference: GPT, model: GPT) -> None:
+    """`reference`, which is of the shape of `model`, computes with its kernels: what both say of a text can be compared."""
+    reference.model.flex = model.model.flex
+    block: Any
+    like: Any
+    for block, like in zip(reference.model.layers.children(), model.model.layers.children(), strict=True):
+        if (block._compiled_call_impl is None) != (like._compiled_call_impl is None):
+            _compile(block, like._compiled_call_impl is not None)
+
+
 def _where_learned(compiled: Callable[..., Tensor], plain: Callable[..., Tensor], *given: Any) -> Tensor:
-    """Evaluations meet shapes of their own, which take longer to compile than to compute."""
-    return (compiled if torch.is_grad_enabled() else plain)(*given)
+    """Evaluations meet shapes of their own, which take longer to compile than to compute. A frozen reference is not one."""
+    return (plain if torch.is_inference_mode_enabled() else compiled)(*given)
 
 
 def applied(
@@ -218,14 +238,9 @@ def applied(
     block: Any
     for block in objective.model.model.layers.children():
         block.__dict__.pop("forward", None)
-        block._compiled_call_impl = None
         if checkpointing != "none":
             block.forward = partial(recomputed, checkpointing, block.forward)
-        if getattr(block.mlp, "activation", None) in (gelu_tanh, gelu_by_sigmoid):
-            block.mlp.activation = gelu_by_sigmoid if compile else gelu_tanh
-        if compile:
-            block.compile(dynamic=False)
-            block._compiled_call_impl = partial(_where_learned, block._compiled_call_impl, block._call_impl)
+        _compile(block, compile)
     forward: Any = objective
     if isinstance(objective, NextToken) and type(objective.vocabulary) in (Whole, Fused):
         objective.vocabulary = Fused() if compile else WHOLE
@@ -256,17 +271,17 @@ def flexible(model: GPT) -> None:
     model.model.flex = torch.compile(flex_attention, dynamic=False)
 
 
-def hiding_kernel(model: GPT, device: str | None = None) -> tuple[str, str]:
+def hiding_kernel(model: GPT) -> tuple[str, str]:
     """The kernel for attention inside documents or windows on this model's device, "flex" or "dense", and why; `flexible` if
     it is flex.
 
-    The model's gradients are gone when this returns. Of a model in parts a block of its kind is tried, on `device`. FlexAttention
+    The model's gradients are gone when this returns. Of a model in parts a block of its kind is tried. FlexAttention
     and not varlen_attn: it takes rows as they are, groups of heads (varlen: from torch 2.12 on) and windows, needs no number
     of documents on the host, and its masks are tried on a CPU.
     """
     if is_divided(model.lm_head.weight):
         small = model.config.model_copy(update={"n_layer": 1, "nope_layers": (), "full_layers": (), "vocab_size": 64})
-        kernel, why = hiding_kernel(GPT(small).to(device or model.lm_head.weight.device))
+        kernel, why = hiding_kernel(GPT(small).to(model.lm_head.weight.device))
         if kernel == "flex":
             flexible(model)
         return kernel, why

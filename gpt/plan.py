@@ -211,9 +211,14 @@ def n_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_s(n_trained: int) -> float:
-    """Seconds of a save, about: 12 bytes a trained parameter at 300 MB/s."""
-    return 12 * n_trained / 3e8
+def saved_bytes(n_trained: int, ema: float | None = None) -> int:
+    """Bytes of a checkpoint, at most: of each trained parameter itself, AdamW's two averages and, with `ema`, its own."""
+    return (12 if ema is None else 16) * n_trained
+
+
+def save_s(n_trained: int, ema: float | None = None) -> float:
+    """Seconds of a save, about: at 300 MB/s."""
+    return saved_bytes(n_trained, ema) / 3e8
 
 
 def n_trained(model: GPT) -> int:

@@ -152,7 +152,7 @@ class Rotary(Position):
         """Cosines and sines of positions 0 .. n_positions - 1 in a sequence of `total`, each (n_positions, rotary_dim)."""
         frequencies, factor = rope_frequencies(self.rotary_dim, self.theta, self.scaling, self.max_seq_len, total)
         angles = torch.outer(torch.arange(n_positions, device="cpu").float(), frequencies)
-        return (angles.cos() * factor).repeat(1, 2), (angles.sin() * factor).repeat(1, 2)
+        return _of_pairs(angles.cos() * factor, angles.sin() * factor)
 
     def angles(self, at: At) -> Angles:
         cos, sin = self.cos, self.sin
@@ -164,8 +164,8 @@ class Rotary(Position):
         if grown:  # each row by the furthest that it has come itself, whatever stands beside it
             totals = at.positions.amax(dim=-1, keepdim=True) + 1
             frequencies, _ = rope_frequencies(self.rotary_dim, self.theta, self.scaling, self.max_seq_len, totals)
-            turns = (at.positions[..., None].float() * frequencies[:, None]).repeat(1, 1, 2)
-            return turns.cos()[:, None], turns.sin()[:, None]
+            turns = (at.positions[..., None].float() * frequencies[:, None])[:, None]
+            return _of_pairs(turns.cos(), turns.sin())
         return at.of(cos)[:, None], at.of(sin)[:, None]
 
 
@@ -176,7 +176,8 @@ def rope_frequencies(
 
     Where `total` is (B, 1), of dynamic scaling, the angles are (B, rotary_dim / 2).
     """
-    exponents = torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim
+    where = total.device if isinstance(total, Tensor) else "cpu"
+    exponents = torch.arange(0, rotary_dim, 2, device=where).float() / rotary_dim
     wavelengths = theta**exponents  # over 2 pi
     plain = 1.0 / wavelengths
     if scaling is None:
@@ -187,7 +188,7 @@ def rope_frequencies(
         original = scaling.original_max_seq_len or max_seq_len
         longest: Tensor | int
         if isinstance(total, Tensor):
-            longest, exponents = total.clamp(min=original), exponents.to(total.device)
+            longest = total.clamp(min=original)
         else:
             longest = torch.tensor(total) if total > original else original  # fp32 where it grows, as in transformers
         stretch = scaling.factor * longest / original - (scaling.factor - 1)
@@ -222,21 +223,22 @@ def _yarn(wavelengths: Tensor, rotary_dim: int, theta: float, scaling: RopeScali
     return 1 / (scaling.factor * wavelengths) * (1 - kept) + 1 / wavelengths * kept
 
 
-def rotate(q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
-    """Turn q (B, H, T, D) and k (B, G, T, D) by the angles of `Rotary`; columns past the angles' width stay."""
+def _of_pairs(cos: Tensor, sin: Tensor) -> Angles:
+    """Of each pair's angle (..., rotary_dim / 2): of both its columns."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, angles: Angles | None) -> Tensor:
+    """Turn queries or keys (B, heads, T, D) by the angles of `Rotary`; columns past the angles' width stay."""
     if angles is None:
-        return q, k
-    cos, sin = angles
-    return _turned(q, cos, sin), _turned(k, cos, sin)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x
+    cos, sin = (table.to(x.dtype) for table in angles)
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     left, right = turned.chunk(2, dim=-1)
-    turned = turned * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
+    turned = torch.addcmul(turned * cos, torch.cat((-right, left), dim=-1), sin)
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
-def keep(q: Tensor, k: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
+def keep(x: Tensor, angles: Angles | None) -> Tensor:
     """`rotate` in a layer whose heads do not turn."""
-    return q, k
+    return x

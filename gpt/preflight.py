@@ -75,9 +75,6 @@ class Preflight:
         assert choices is not None
         if state.step >= choices.steps:  # there is no first step
             return False
-        Optimizer(
-            objective.model, config.optim, parts
-        )  # torch imports seconds of code for the first one, which training pays anyway
         with self._clock():
             if optimizer is None:
                 optimizer = self._updated(config, objective, loader, update, parts)

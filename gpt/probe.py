@@ -13,7 +13,6 @@ from gpt.operations import Op, Tally
 
 BUDGET_S = 1.5  # for timing the operations of an update, those that weigh most first
 SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192), "mps": (1024, 2048, 4096)}
-ROWS = {"cpu": 16_384, "cuda": 65_536, "mps": 32_768}  # of 4,096 fp32 numbers: more than any cache holds
 COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes: more than a cache holds
 LAUNCH_S = {"cuda": 4e-6, "mps": 1e-5}  # of a GPU's operation that was written out, asked for one by one
 REPEATS = 5
@@ -43,14 +42,6 @@ def matmul_rate(device: str, dtype: str, seconds: float = 0.3) -> float:
         if time.perf_counter() + 8 * took >= until:  # the next one takes as long
             break
     return rate
-
-
-def bandwidth(device: str, seconds: float = 0.3) -> float:
-    """Bytes/s of reading more memory than caches hold, by a sum or by a matrix times a vector, whichever is faster."""
-    x = torch.ones(ROWS[device.partition(":")[0]], 4096, device=device)
-    vector, n_bytes = torch.ones(4096, device=device), x.numel() * x.element_size()
-    with torch.no_grad():
-        return n_bytes / min(timed(work, device, seconds / 2) for work in (x.sum, lambda: x @ vector))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -99,13 +100,16 @@ class Profile:
         except OSError as error:  # the run does not end for it
             where = f"not kept ({error.strerror})"
         found = costs(done, self.n)
-        rate = probe.matmul_rate(self._device, self._dtype)
         self._say(
             f"profile: {self.n} updates of {1e3 * self._timed_s:.2f} ms ({1e3 * traced_s:.2f} ms while traced); {where}"
         )
         for line in table(found, traced_s):
             self._say(f"  {line}")
         reached = self._flops / self._timed_s
+        try:
+            rate = probe.matmul_rate(self._device, self._dtype)
+        except torch.OutOfMemoryError:  # no reason to end it either
+            return
         self._say(
             f"  {reached / 1e9:,.1f} GFLOP/s, {reached / rate:.1%} of the {rate / 1e9:,.1f} at which {self._device} multiplies "
             f"large matrices in {self._dtype}"

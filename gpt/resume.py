@@ -237,6 +237,8 @@ def _moved(was: Config, now: Config, changes: Sequence[Change], origin: Origin) 
     if choices is not None:
         asked = {name: getattr(now.train, name) for name in CHOSEN}
         update: dict[str, Any] = {name: value for name, value in asked.items() if value != "auto"}
+        if not str(update.get("device", choices.device)).startswith("cuda"):  # whose kernels these are
+            update |= {"attention": "dense", "fused": "any"}
         if any(change.key in BUDGET for change in changes):
             update["steps"] = _steps(now, origin)
         choices = None if update.get("steps", 1) is None else choices.model_copy(update=update)

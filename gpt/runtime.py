@@ -156,6 +156,8 @@ def setup(device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     if device == "cuda" and world_size() > 1:
         torch.cuda.set_device(local_rank())  # from here on "cuda" is this rank's own
+    elif device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # streams, events and graphs are made on the current one
     torch.set_float32_matmul_precision("medium" if device == "cpu" and "amx_bf16" not in cpu_flags() else "high")
     # The public call imports the compiler, a second, to tell it too; `parallel.applied` does that where something compiles.
     torch._C._set_deterministic_algorithms(device == "cpu")

@@ -138,8 +138,11 @@ class Session:
         step, config, choices = bad.step, self.config, self.choices
         held = doctor.broken({name: self.parts.local(name) for name in self.parts.parameters})
         weights = sorted({name for each in self.team.gather(held) for name in each})
+        times = 1.0 if self.judge.scale is None else self.judge.scale.value
         with self.watch.patient():
-            looks = doctor.second_look(self.forward, self.optimizer, batch, config, choices, step, self.parts.ranks)
+            looks = doctor.second_look(
+                self.forward, self.optimizer, batch, config, choices, step, self.parts.ranks, times
+            )
         labels = doctor.sources(self.loader, step)
         finding = doctor.of_bad(bad, config, choices.steps, list(self.judge.recent), weights, looks, labels)
         path, where = self.run.path / f"bad_batch_{step}.txt", ""
@@ -210,7 +213,7 @@ class Session:
         return due_last if due_last == 0 or due_last in saved else max(saved, default=0)
 
     def report(self, step: int, loss: Tensor, grad_norm: Tensor, steps_per_s: float) -> None:
-        """Log update `step`; the only place where training waits for metrics."""
+        """Log update `step`, whose numbers were fetched for the decision to make it."""
         config, rate = self.config, steps_per_s * self.config.train.batch_tokens
         peak = plan.peak_flops(self.choices.device)
         self.log.train(

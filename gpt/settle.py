@@ -125,6 +125,11 @@ def _check_ranks(given: TrainConfig, n: Sizes, world: int) -> None:
         raise ValueError(
             f"train.device ({device}) is one of several, and {world} ranks take one each: set train.device=cuda"
         )
+    check_parts(given, n)
+
+
+def check_parts(given: TrainConfig, n: Sizes) -> None:
+    """ValueError for what cannot be divided so."""
     if n.in_parts and given.adapter is not None:
         raise ValueError("an adapter is small, and each rank holds all of it: set parallel.shard=1 parallel.tensor=1")
     if n.in_parts and given.optim.state != "fp32":
@@ -369,7 +374,7 @@ def build(config: TrainConfig, source: GPT | None, say: Say, *, in_parts: bool =
 def check_space(run: RunDirectory, saves: Checkpoints, keep: int, model: GPT, ema: float | None = None) -> None:
     """OSError unless the run's checkpoints, with one more while it is written, fit on the disk."""
     to_come = max(0, keep + 1 - len(saves.steps())) + 1
-    durable.check_space(run.path, to_come * (12 if ema is None else 16) * plan.n_trained(model))
+    durable.check_space(run.path, to_come * plan.saved_bytes(plan.n_trained(model), ema))
 
 
 def fill(
@@ -424,7 +429,7 @@ def _without_adapter(model: GPT) -> Iterator[GPT]:
 @contextmanager
 def _frozen(reference: GPT, model: GPT) -> Iterator[GPT]:
     """`reference`, without dropout and with the kernels of `model`."""
-    reference.model.flex = model.model.flex
+    parallel.equipped(reference, model)
     yield reference.eval()
 
 
@@ -621,7 +626,7 @@ def _choose(
         share = rows(config)
     choices = plan.choose(
         train,
-        rows=told(_rows_that_fit(config, train, model, ranks, share, device, dtype)),
+        rows=min(ranks.team.gather(_rows_that_fit(config, train, model, ranks, share, device, dtype))),
         device=device,
         dtype=dtype,
         threads=n_threads,
@@ -636,7 +641,8 @@ def _choose(
     )
     if train.micro_batch == "auto" and not made:  # one update tells whether memory is as was thought
         fitted = choices.micro_batch
-        with suppress(FloatingPointError, MemoryError):  # which the preflight words
+        worded = (FloatingPointError, MemoryError) if ranks.alone else (FloatingPointError,)  # by the preflight
+        with suppress(*worded):
             try:
                 fitted, _ = plan.fitting(partial(measure, n=1), choices.micro_batch, choices.compile, say)
             except torch.OutOfMemoryError:
@@ -648,7 +654,7 @@ def _choose(
 def aside_s(config: TrainConfig, n_evaluated: int, n_trained: int, update_s: float) -> float:
     """Seconds that evaluations and saves add to an update, on average. An evaluated token costs a third of a trained one."""
     evaluation = update_s / 3 * n_evaluated / config.train.batch_tokens
-    return evaluation / config.eval.every + plan.save_s(n_trained) / config.checkpoint.every
+    return evaluation / config.eval.every + plan.save_s(n_trained, config.optim.ema) / config.checkpoint.every
 
 
 def _rows_that_fit(
@@ -657,7 +663,8 @@ def _rows_that_fit(
     """Rows of a micro-batch of a rank's `share` of an update: as set, or by what memory has left beside the model."""
     if config.parallel.canonical:  # what a machine has room for has no say in it
         return plan.micro_batch(train, share, row_length(config), "cpu", lambda rows: True)
-    room = (1 - memory.SPARE) * runtime.free_memory_bytes(device)
+    shared_by = 1 if device.startswith("cuda") else runtime.local_world_size()
+    room = (1 - memory.SPARE) * runtime.free_memory_bytes(device) / shared_by
     of = setting(config, device, dtype)
     return plan.micro_batch(
         train, share, row_length(config), device, fits(config.model, of, room, ranks.n, beside=True)
@@ -693,8 +700,9 @@ def fits(
             return True
         if not found:
             found.append(memory.needs(shape, of))
-        need = division.held(found[0](rows), division.portions(shape), n)
-        return need.total - (need.weights if beside else 0) <= room
+        whole = found[0](rows)
+        there = whole.weights // (n.shard * n.tensor) if beside else 0  # what FSDP2 gathers is to come
+        return division.held(whole, division.portions(shape), n).total - there <= room
 
     return so_many
 

@@ -68,6 +68,7 @@ def update(
         (nats / n * (factor if scale is None else factor * scale.value)).backward()
         return nats.detach() / n
 
+    before = [] if scale is None else scale.state
     with parallel.preferring(choices.fused):
         while True:
             times = 1.0 if scale is None else scale.value
@@ -76,7 +77,12 @@ def update(
             if scale is None or not scale.too_large(loss, grad_norm):
                 break
             optimizer.drop()
-    check(step, loss, grad_norm)
+    try:
+        check(step, loss, grad_norm)
+    except FloatingPointError:
+        if scale is not None:
+            scale.become(before)  # a smaller one did not mend this batch, and loses small numbers of the next
+        raise
     optimizer.step(factor(config.schedule, step, choices.steps), step, grad_norm)
     return loss, grad_norm
 
@@ -169,7 +175,7 @@ def _train(
             source = source if settle.needs_source(config) else None
             with team.together():
                 settle.check_space(run, saves, given.checkpoint.keep, model, config.optim.ema)
-            watch.expect_saves(plan.save_s(plan.n_trained(model)))
+            watch.expect_saves(plan.save_s(plan.n_trained(model), config.optim.ema))
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
             read_source = partial(settle.source, given, data, lambda line: None, base)
             ranks.check()

@@ -16,6 +16,7 @@ from gpt.checkpoint import load_optimizer
 from gpt.data import open_data
 from gpt.loss import NextToken
 from gpt.model import GPT
+from gpt.optim import PLAIN
 from gpt.parts import Parts
 from gpt.ranks import Ranks
 from gpt.trainer import train
@@ -234,7 +235,11 @@ def test_fine_tuning_and_adapters_start_from_the_average_and_have_one_of_their_o
         first, last = metrics(name, "eval")[0], metrics(name, "eval")[-1]
         assert first["step"] == 0
         assert first["val_bpb"] == pytest.approx(metrics("whole", "eval")[-1]["val_bpb"], rel=1e-4)
-        model, tokenizer = hf.load(Path("runs", name, "checkpoints/step_00000004"))
+        path = Path("runs", name, "checkpoints/step_00000004")
+        average = list(load_weights(path).values())
+        plain = [value for key, value in state(name, 4).items() if key.endswith(f":{PLAIN}")]
+        assert plain and not any(torch.equal(value, each) for value in plain for each in average)
+        model, tokenizer = hf.load(path)
         data, settled = open_data(settings().data), settings().eval
         how_evaluated: dict[str, Any] = {"seq_len": 32, "batch_rows": 128, "device": "cpu", "dtype": "float32"}
         found = evaluate.evaluate(NextToken(model), evaluate.views(data), settled, tokenizer, **how_evaluated)

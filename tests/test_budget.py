@@ -132,6 +132,13 @@ def test_a_process_is_counted_where_memory_is_the_machine_s(tmp_path: Path) -> N
     assert number(here["the process itself"]) > 0.1 and "the process itself" not in there
 
 
+def test_memory_that_is_said_holds_the_process_too(tmp_path: Path) -> None:
+    told = planned(tmp_path, SMALL)
+    most = number(told["at most"])
+    assert planned(tmp_path, SMALL, size=int(2 * most * 1e9))["fits"].startswith("yes")
+    assert planned(tmp_path, SMALL, size=int(0.9 * most * 1e9))["fits"].startswith("no")
+
+
 # Machines that are not here
 
 
@@ -163,6 +170,28 @@ def test_the_sizes_that_are_set_are_planned_with_or_refused(tmp_path: Path) -> N
         blocks(tmp_path, SMALL, *rows, "parallel.shard=1", card="a100", devices=8, size=1000)
     with pytest.raises(ValueError, match=r"no division of 64 rows among 8 x A100.* set train.checkpointing=full"):
         blocks(tmp_path, SMALL, *rows, card="a100", devices=8, size=1000)
+
+
+def test_only_what_a_run_takes_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "train.batch_tokens=2048"
+    eight = {"card": "a100", "devices": 8}
+    found = notes(tmp_path, SMALL, rows, "train.micro_batch=2", **eight)
+    assert "train.micro_batch=2" in found[-1]
+    narrow = ("optim.state=8bit", "model.d_model=64")
+    ways = [block for block in blocks(tmp_path, SMALL, rows, *narrow, **eight) if isinstance(block, page.Table)]
+    (divisions,) = [block for block in ways if block.columns[0] == "replicate"]
+    assert [row[:3] for row in divisions.rows] == [("8", "1", "1")]
+    with pytest.raises(ValueError, match="8bit is of whole matrices"):
+        blocks(tmp_path, SMALL, rows, *narrow, "parallel.shard=8", **eight)
+
+
+def test_a_gpu_that_is_not_here_is_planned_with_the_memory_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with one GPU the eighth is as absent as on one with none."""
+    monkeypatch.setattr(runtime, "best_device", lambda: ("cuda", "a GPU"))
+    told = planned(tmp_path, SMALL, "train.device=cuda:7", "train.dtype=auto", size=int(1e9))
+    assert told["fits"].startswith("yes")
 
 
 def test_devices_need_a_name(tmp_path: Path) -> None:

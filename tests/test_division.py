@@ -13,7 +13,7 @@ from gpt.speed import Pace
 
 H100 = machines.named("h100")
 CONFIG = ModelConfig(vocab_size=1024, max_seq_len=64, n_layer=4, d_model=64, n_head=8, n_kv_head=4, d_ff=128)
-PORTIONS = Portions(CONFIG, block=1000, rest=6000)
+PORTIONS = Portions(CONFIG, block=1000, rest=6000, trained=10_000)
 NEED = Need(weights=40_000, gradients=40_000, optimizer=80_000, activations=16_000, work=8_000, step=4_000)
 
 
@@ -46,6 +46,13 @@ def test_what_is_told_is_what_rings_move() -> None:
     assert (shards, copies) == (0, 0) and layers == pytest.approx(8 * 4 * 2 * 512 * 64 * 7 / 8 / H100.near)
     beyond = division.told(PORTIONS, Sizes(1, 8, 2), 512, H100)[0]
     assert beyond == pytest.approx(3 * n_bytes / 2 * 7 / 8 / H100.far), "sixteen do not fit into a box"
+
+
+def test_of_an_adapter_its_gradients_alone_are_told() -> None:
+    whole, lora = division.portions(CONFIG), division.portions(CONFIG, trained=500)
+    n = Sizes(8, 1, 1)
+    ratio = division.told(lora, n, 512, H100)[2] / division.told(whole, n, 512, H100)[2]
+    assert ratio == pytest.approx(500 / whole.parameters)
 
 
 def test_an_update_waits_for_what_is_not_told_while_it_computes() -> None:

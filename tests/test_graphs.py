@@ -84,7 +84,7 @@ def test_the_loop_writes_the_same_with_steps_of_fixed_shape(build: Build, monkey
 
 
 @pytest.mark.gpu
-def test_a_captured_step_is_the_uncaptured_one(build: Build) -> None:
+def test_a_captured_step_is_the_uncaptured_one(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     model: GPT = build(max_seq_len=600).cuda()
@@ -95,4 +95,8 @@ def test_a_captured_step_is_the_uncaptured_one(build: Build) -> None:
         )
         return [column.ids for column in columns]
 
+    captured: list[Graphs] = []
+    real = Graphs.__init__
+    monkeypatch.setattr(Graphs, "__init__", lambda self, *given: captured.append(self) or real(self, *given))
     assert written(40)[: generate.WORTH - 1] == written(generate.WORTH - 1)
+    assert [graphs.pool is not None and len(graphs.captured) > 0 for graphs in captured] == [True]

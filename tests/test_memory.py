@@ -237,9 +237,14 @@ def test_a_fused_kernel_on_a_gpu_keeps_no_scores() -> None:
     assert cpu.activations - gpu.activations == pytest.approx(scores, rel=0.5)
 
 
+def test_a_prefix_lm_keeps_its_scores_on_a_gpu_too() -> None:
+    causal, prefix = (need(ModelConfig(**SHAPE, prefix_lm=both), setting(device="cuda")) for both in (False, True))
+    assert prefix.activations > causal.activations
+
+
 def test_documents_in_a_row_and_windows_are_gone_through() -> None:
     windowed = ModelConfig(**SHAPE, window=16, full_layers=(3,), nope_layers=(2,))
-    assert need(windowed, setting(documents=True)).total >= need(windowed, setting()).total
+    assert need(windowed, setting(documents=True)).total > need(windowed, setting()).total
 
 
 def test_parameters_are_those_of_the_model(config: ModelConfig) -> None:

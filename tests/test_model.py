@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from variants import VARIANTS
 
-from gpt.loss import NextToken
 from gpt.model import GPT, GainFreeRMSNorm, GatedMLP, ModelConfig, PlainMLP, RMSNorm, Softcap
 from gpt.positions import Angles, At, Position
 
@@ -470,14 +469,6 @@ def test_a_few_steps_learn_a_batch_by_heart(build: Build, tokens: Tokens, settin
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.05
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of how its compiler reads autograd functions
-@pytest.mark.parametrize("name", ["default", "gpt-1", "relative bias", "dynamic scaling", "windows and a full layer"])
-def test_the_compiler_sees_one_graph(build: Build, tokens: Tokens, name: str) -> None:
-    torch._dynamo.reset()
-    seen = torch._dynamo.explain(NextToken(build(**VARIANTS[name])))(tokens(2, 9), tokens(2, 9))
-    assert (seen.graph_count, seen.graph_break_count) == (1, 0), seen.break_reasons
 
 
 # ALiBi, from outside

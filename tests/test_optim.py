@@ -203,7 +203,8 @@ def test_gradients_are_clipped_by_the_norm_that_a_step_is_told(build: Build, con
         optimizer = Optimizer(model, config.model_copy(update={"clip": clip}))
         for step in range(1, 4):
             for i, parameter in enumerate(model.parameters()):
-                parameter.grad = normal(*parameter.shape, seed=1000 * step + i)
+                # Of sizes far apart: one that is not clipped outweighs in the averages those that are.
+                parameter.grad = normal(*parameter.shape, seed=1000 * step + i) * 10.0 ** (-2 * (step % 2))
             most = limit if clip is None else math.inf
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
             optimizer.step(1.0, step, norm)
@@ -211,6 +212,18 @@ def test_gradients_are_clipped_by_the_norm_that_a_step_is_told(build: Build, con
     coarse = {"rtol": 0.0, "atol": 2e-3 if config.kind == "muon" else 1e-5} if limit < 1 else {"rtol": 0.0, "atol": 0.0}
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(a, b, **coarse)
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32")]
+)
+def test_muon_multiplies_in_a_dtype_that_holds_small_gradients(
+    build: Build, monkeypatch: pytest.MonkeyPatch, best: str, expected: str
+) -> None:
+    monkeypatch.setattr(runtime, "best_dtype", lambda device: (best, "as asked"))
+    optimizer = Optimizer(build(), OptimConfig(kind="muon", lr=0.02))
+    (muon,) = (part for part in optimizer.parts if isinstance(part, Muon))
+    assert muon.dtype == runtime.DTYPES[expected]
 
 
 def test_what_changes_with_the_step_is_a_function_of_it(build: Build) -> None:

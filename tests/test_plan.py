@@ -312,6 +312,7 @@ def test_peaks_are_those_of_the_card(monkeypatch: pytest.MonkeyPatch, name: str,
 
 def test_a_save_takes_as_long_as_its_bytes_need() -> None:
     assert plan.save_s(10**9) == 10 * plan.save_s(10**8) == 12e9 / 3e8
+    assert plan.saved_bytes(10**9, ema=0.1) == 16 * 10**9 and plan.save_s(10**9, ema=0.1) == 16e9 / 3e8
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def rotary(D: int = 8, length: int = 64, theta: float = 10_000.0) -> Rotary:
 def rotated(x: Tensor, rope: Rotary, first: int = 0) -> Tensor:
     """x (T, D) at positions first, first + 1, ..."""
     at = At(torch.arange(first, first + len(x))[None], len(x), first + len(x))
-    return rotate(x[None, None], x[None, None], rope.angles(at))[0][0, 0]
+    return rotate(x[None, None], rope.angles(at))[0, 0]
 
 
 def test_a_rotated_score_depends_on_the_distance_alone() -> None:
@@ -56,7 +56,7 @@ def test_rotation_is_multiplication_by_complex_phases(theta: float) -> None:
 
 def test_positions_left_open_count_from_zero() -> None:
     rope, x = rotary(), normal(1, 1, 10, 8)
-    assert torch.equal(rotate(x, x, rope.angles(At(None, 10, 10)))[1][0, 0], rotated(x[0, 0], rope))
+    assert torch.equal(rotate(x, rope.angles(At(None, 10, 10)))[0, 0], rotated(x[0, 0], rope))
 
 
 def test_adjacent_pairs_are_the_same_rotation_with_the_columns_in_another_order() -> None:
@@ -80,9 +80,8 @@ def test_columns_past_the_rotary_ones_stay() -> None:
 
 
 def test_nothing_turns_without_angles_or_in_a_layer_that_keeps() -> None:
-    q, k = normal(1, 4, 5, 8), normal(1, 2, 5, 8)
-    for left in (rotate(q, k, None), keep(q, k, rotary().angles(At(None, 5, 5)))):
-        assert left[0] is q and left[1] is k
+    q = normal(1, 4, 5, 8)
+    assert rotate(q, None) is q and keep(q, rotary().angles(At(None, 5, 5))) is q
 
 
 # Scalings

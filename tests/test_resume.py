@@ -169,6 +169,18 @@ def test_a_choice_is_obeyed_and_another_one_asked_for_needs_its_name(here: Path)
     assert stored().choices.dtype == "bfloat16"
 
 
+def test_a_run_of_a_gpu_that_goes_on_without_one_leaves_its_kernels_behind(here: Path) -> None:
+    stopped(at=4)
+    path = Path("runs/tiny/config.yaml")
+    text = path.read_text()
+    assert "attention: dense" in text and "fused: any" in text
+    text = text.replace("device: cpu", "device: cuda").replace("attention: dense", "attention: flex")
+    path.write_text(text.replace("fused: any", "fused: cudnn"))
+    trained("train.device=cpu", allow=["train.device"])
+    choices = stored().choices
+    assert (choices.device, choices.attention, choices.fused) == ("cpu", "dense", "any")
+
+
 def test_the_settings_of_a_run_that_changed_are_another_run_from_its_first_step(here: Path) -> None:
     stopped(at=4)
     trained("optim.lr=0.002", allow=["optim.lr"])

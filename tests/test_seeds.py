@@ -152,7 +152,7 @@ def test_s05_rope_turns_pairs_by_position_times_theta_and_scores_know_distances_
     rope, q, k = Rotary(8, 64, 10_000.0), normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
 
     def at(x: Tensor, position: int) -> Tensor:
-        return rotate(x, x, rope.angles(At(torch.tensor([[position]]), 1, 64)))[0][0, 0, 0]
+        return rotate(x, rope.angles(At(torch.tensor([[position]]), 1, 64)))[0, 0, 0]
 
     radians = written.frequencies(8, 10_000.0, None, 64, 64)
     torch.testing.assert_close(at(q, 13), written.turned(q[0, 0, 0], 13, radians), atol=1e-5, rtol=0)
@@ -163,7 +163,7 @@ def test_s05_rope_turns_pairs_by_position_times_theta_and_scores_know_distances_
 
 def test_s05_adjacent_pairs_are_rotate_half_with_the_columns_permuted() -> None:
     rope, x = Rotary(8, 64, 10_000.0), normal(1, 1, 12, 8)
-    half = rotate(x, x, rope.angles(At(None, 12, 12)))[0][0, 0]
+    half = rotate(x, rope.angles(At(None, 12, 12)))[0, 0]
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     pairs = torch.view_as_complex(x[0, 0][:, order].reshape(12, 4, 2).contiguous())
     angle = torch.arange(12)[:, None] * 10_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)

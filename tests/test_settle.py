@@ -9,12 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from gpt import config, growth, hf, memory, runtime, settle, tokenizer, trainer
+from gpt import config, division, growth, hf, memory, runtime, settle, tokenizer, trainer
 from gpt.data import Data, Loader, open_data
 from gpt.durable import CorruptError
 from gpt.loss import NextToken
 from gpt.model import GPT, init_weights
 from gpt.plan import Choices
+from gpt.ranks import Sizes
 from gpt.run import RunDirectory
 from gpt.settle import TrainConfig
 from gpt.tokenizer import Tokenizer
@@ -309,6 +310,11 @@ def test_what_surely_fits_is_not_gone_through_and_the_rest_is_held_against_what_
     eight = memory.needs(shape, of)(8)
     assert not settle.fits(shape, of, eight.total - eight.weights)(8)
     assert settle.fits(shape, of, eight.total - eight.weights, beside=True)(8), "the weights are there already"
+    shards = Sizes(1, 4, 1)
+    held = division.held(eight, division.portions(shape), shards)
+    room = held.total - eight.weights // 4
+    fitted = settle.fits(shape, of, room, shards, beside=True), settle.fits(shape, of, room - 1, shards, beside=True)
+    assert [so_many(8) for so_many in fitted] == [True, False], "what FSDP2 gathers is to come"
 
 
 def test_an_update_confirms_the_micro_batch_and_what_is_out_of_memory_is_halved(

@@ -171,6 +171,27 @@ def test_the_loss_scale_changes_no_gradient_that_float16_can_hold(grammar: Path)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_batch_that_no_scale_mends_leaves_the_scale_to_the_next(
+    grammar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made, update_ = judge.LossScale.too_large, [], trainer.update
+
+    def counted(*args: Any) -> Any:
+        made.append(args[5])
+        return update_(*args)
+
+    def ruined(self: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
+        if made[-1] == 7:
+            grad_norm.fill_(torch.inf)
+        return real(self, loss, grad_norm)
+
+    monkeypatch.setattr(trainer, "update", counted)
+    monkeypatch.setattr(judge.LossScale, "too_large", ruined)
+    train(settings("name=skipped", *FP16[:2], "numbers.on_bad=skip"), console=CONSOLE)
+    state = json.loads(Path("runs/skipped/checkpoints/step_00000012/state.json").read_text())
+    assert state["bad"] and state["scale"] == [judge.LossScale.START, 11]
+
+
 def test_saving_beside_the_training_changes_no_byte(grammar: Path) -> None:
     for name, background in (("beside", "true"), ("waiting", "false")):
         train(settings(f"name={name}", f"checkpoint.background={background}", "eval.every=100"), console=CONSOLE)

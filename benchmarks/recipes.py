@@ -1,6 +1,6 @@
 """Which settings learn most in the same time?
 
-    python benchmarks/recipes.py CONFIG [--quick] [--seconds N] [--seeds N] [--only NAME ...] [--runs DIRECTORY]
+    python benchmarks/recipes.py CONFIG [--quick] [--seconds N] [--seeds N] [--only NAME ...] [--data DIRECTORY]
 
 Trains CONFIG as it stands and with one thing changed at a time, each for as many seconds and with each of the seeds, every run
 on a core of its own, as many at once as there are cores; settings take turns, so that a slow minute of the machine meets all of

@@ -146,13 +146,14 @@ def test_memory_that_an_update_frees_is_there_for_the_next_one() -> None:
     runtime.setup("cpu", 1)
     n = 1 << 26  # bytes, which is past what malloc keeps by itself
 
-    def faults() -> int:
+    def faults(n_bytes: int) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.zeros(n, dtype=torch.uint8)
+        torch.zeros(n_bytes, dtype=torch.uint8)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    faults()
-    assert faults() < n // resource.getpagesize() // 10
+    faults(n)
+    # A little less: glibc looks for an aligned place where there is room to spare, and what stands behind may be in use.
+    assert faults(n - (1 << 12)) < n // resource.getpagesize() // 10
 
 
 def test_autocast_computes_products_in_the_dtype_and_fp32_is_none() -> None:

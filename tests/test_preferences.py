@@ -310,6 +310,7 @@ def test_an_evaluation_counts_right_pairs_and_their_margin(build: Build, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which the compiler hides itself
 def test_compiled_it_is_the_same_loss(build: Build, tmp_path: Path) -> None:
     model, batch = build(seed=1), rows_of(tmp_path, drawn(6, 9))
     objective = Preferences(model, FORMS["dpo"], against(build(seed=2)))

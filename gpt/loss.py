@@ -22,9 +22,8 @@ from gpt.model import GPT, product_dtype
 # on the CPU 8 MB, which stay in its cache.
 CHUNK_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28, "mps": 1 << 24}
 PIECE_LOGITS = {"cpu": 2_000_000, "cuda": 1 << 26, "mps": 1 << 24}
-HALF_ROWS = (
-    4096  # of a chunk in float16: the head's gradient is their sum, before any scale, and has to stay below 65,504
-)
+# Rows of a chunk in float16: the head's gradient is their sum, before any scale, and has to stay below 65,504.
+HALF_ROWS = 4096
 BETA = {"dpo": 0.1, "simpo": 2.0}  # of the papers; an average over tokens is smaller than a sum by the replies' length
 BETA_OF_AVERAGES = 5.0  # Lambert et al. 2024 (Tulu 3), table 20
 GAMMA = 1.0  # half of beta, in the middle of what Meng et al. 2024 search (section 4.2)

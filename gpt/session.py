@@ -1,5 +1,6 @@
 """Session: one run at work. What is due at a step (update, report, save, evaluation, sample) is a method; `trainer` says when."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -138,7 +139,8 @@ class Session:
         step, config, choices = bad.step, self.config, self.choices
         held = doctor.broken({name: self.parts.local(name) for name in self.parts.parameters})
         weights = sorted({name for each in self.team.gather(held) for name in each})
-        times = 1.0 if self.judge.scale is None else self.judge.scale.value
+        scale = self.judge.scale if math.isfinite(bad.grad_norm) else None  # else no scale mended it, not even 1
+        times = 1.0 if scale is None else scale.value
         with self.watch.patient():
             looks = doctor.second_look(
                 self.forward, self.optimizer, batch, config, choices, step, self.parts.ranks, times

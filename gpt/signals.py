@@ -226,7 +226,12 @@ def explain(error: BaseException, code: int) -> str:
         return f"rank {rank}: ended by {told} ({first[:200]})"
     if code == PREEMPTED:
         return "stopped" if isinstance(error, KeyboardInterrupt) else text
-    if code == BUG:
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "gpt":
+        text = (
+            f"{error.name.partition('.')[0]} is not installed for {sys.executable}\nactivate the environment that has it (source "
+            ".venv/bin/activate), or install what is needed: pip install -r requirements.txt"
+        )
+    elif code == BUG:
         text = f"{type(error).__name__}: {text}"
         text += "\nthis is a bug" + ("" if "--debug" in sys.argv else "; run again with --debug for the traceback")
     if code == NO_SPACE:

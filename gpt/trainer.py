@@ -80,7 +80,7 @@ def update(
     try:
         check(step, loss, grad_norm)
     except FloatingPointError:
-        if scale is not None:
+        if scale is not None and not grad_norm.isfinite():
             scale.become(before)  # a smaller one did not mend this batch, and loses small numbers of the next
         raise
     optimizer.step(factor(config.schedule, step, choices.steps), step, grad_norm)

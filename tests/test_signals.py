@@ -143,6 +143,8 @@ def test_a_worker_that_ignores_signals_outlives_them():
             1,
             "error: KeyError: 'k'\n       this is a bug; run again with --debug for the traceback",
         ),
+        ("import numpyy.sub", 1, "error: numpyy is not installed for "),
+        ("import gpt.absent", 1, "error: ModuleNotFoundError: No module named 'gpt.absent'\n       this is a bug"),
         ("raise type('PanicException', (BaseException,), {})('rust')", 1, "error: PanicException: rust"),
         ("raise KeyboardInterrupt", 75, "stopped"),
     ],

@@ -133,7 +133,7 @@ def blocks(
     yield page.Table(("time and disk", "planned"), [*_time(found), *_disk(found)], tail=1)
     for warning in _warnings(found):
         yield page.Note(f"warning: {warning}")
-    if config.init_from is not None or config.adapter is not None:
+    if config.init_from is not None:
         setting = settle.setting(config, found.target.device, found.target.dtype, found.way.rows)
         yield from ways.blocks(config, found.shape, replace(setting, adapter=None), found.target.room)
     else:
@@ -142,7 +142,7 @@ def blocks(
 
 def facts(config: TrainConfig, size: int | None = None, card: str | None = None, devices: int | None = None) -> Facts:
     """What `blocks` tells of."""
-    settle.check_batch(config)
+    settle.check_anywhere(config)
     shape, source = _shape(config)
     if config.data.seq_len > (shape.max_seq_len or 0):
         raise ValueError(f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({shape.max_seq_len})")

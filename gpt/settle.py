@@ -83,23 +83,14 @@ class TrainConfig(Settings):
 
 def check(given: TrainConfig) -> None:
     """ValueError for what cannot be trained here, before anything is made for it."""
-    check_batch(given)
-    if given.objective.of_pairs and given.init_from is None:
-        raise ValueError(
-            f"objective.kind={given.objective.kind} teaches a model that can answer which answers are preferred: name it, "
-            "init_from: runs/NAME (trained on chats, data with chat: true)"
-        )
-    if given.adapter is not None and given.init_from is None:
-        raise ValueError(
-            "an adapter is trained on a model that is there: name it, init_from: runs/NAME, or set adapter=null"
-        )
+    check_anywhere(given)
     if given.train.device != "auto":
         runtime.check_device(given.train.device)
     _check_ranks(given, sizes(given.parallel, runtime.world_size()), runtime.world_size())
 
 
-def check_batch(given: TrainConfig) -> None:
-    """ValueError unless an update is whole rows."""
+def check_anywhere(given: TrainConfig) -> None:
+    """ValueError for what cannot be trained on any machine: an update of parts of rows, tuning without a model."""
     if given.train.batch_tokens % row_length(given):
         twice = (
             "twice data.seq_len, a row of chosen and one of rejected replies"
@@ -108,6 +99,15 @@ def check_batch(given: TrainConfig) -> None:
         )
         raise ValueError(
             f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of {twice} ({row_length(given)})"
+        )
+    if given.objective.of_pairs and given.init_from is None:
+        raise ValueError(
+            f"objective.kind={given.objective.kind} teaches a model that can answer which answers are preferred: name it, "
+            "init_from: runs/NAME (trained on chats, data with chat: true)"
+        )
+    if given.adapter is not None and given.init_from is None:
+        raise ValueError(
+            "an adapter is trained on a model that is there: name it, init_from: runs/NAME, or set adapter=null"
         )
 
 

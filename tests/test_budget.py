@@ -311,6 +311,8 @@ def test_without_data_or_a_vocabulary_it_is_said_what_to_set(tmp_path: Path, mon
         ("model.max_seq_len=16", r"data\.seq_len \(32\) exceeds the model's context \(16\)"),
         ("train.batch_tokens=65", r"train\.batch_tokens \(65\) must be a multiple of data\.seq_len"),
         ("train.micro_batch=3", r"train\.micro_batch \(3\) must divide the batch's 2 rows"),
+        ("adapter.rank=4", r"an adapter is trained on a model that is there: name it, init_from: runs/NAME"),
+        ("objective.kind=dpo", r"which answers are preferred: name it, init_from: runs/NAME"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(tmp_path: Path, override: str, said: str) -> None:

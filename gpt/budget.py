@@ -13,7 +13,7 @@ from pathlib import Path
 from gpt import division, hf, machines, memory, page, plan, probe, runtime, settle, speed, tensors, ways
 from gpt.data import Data, Loader, open_data
 from gpt.division import Divided
-from gpt.evaluate import evaluated, views
+from gpt.evaluate import evaluated, learned, views
 from gpt.log import duration, thousands
 from gpt.machines import Machine
 from gpt.model import GPT, ModelConfig
@@ -27,7 +27,7 @@ KERNELS = (
     65_000_000  # bytes of libraries' code and kernels that come into a CPU's memory with the first update (measured)
 )
 SHOWN = 4  # divisions of a run among devices
-MUON_SHARE = 0.2  # of an update's arithmetic, from which Muon's own costs more than it saves in steps
+MUON_SHARE = 0.35  # of an update's arithmetic; up to 0.3 it was worth what it costs (docs/experiments.md)
 FEW_TARGETS = 20_000  # of validation, below which a mean of nats per token is known to no better than about 0.02
 LEAST_PER_PARAMETER, MOST_PER_PARAMETER = (
     4,
@@ -390,9 +390,9 @@ def _warnings(facts: Facts) -> Iterator[str]:
                 f"{name} is read {times:.1f} times; past {settle.REPEATS} repetition teaches much less than new text: add some, "
                 "or lower its share or the steps"
             )
-    if data is not None and facts.evaluated < FEW_TARGETS:
+    if data is not None and (n_targets := learned(views(data), config.eval.tokens)) < FEW_TARGETS:
         yield (
-            f"an evaluation reads {facts.evaluated:,} tokens; below {FEW_TARGETS:,} chance moves val_loss by more than most "
+            f"an evaluation is a mean over {n_targets:,} tokens; below {FEW_TARGETS:,} chance moves val_loss by more than most "
             "settings do: prepare with a larger val_fraction, or raise eval.tokens"
         )
     if steps is not None and config.init_from is None:
@@ -407,7 +407,7 @@ def _warnings(facts: Facts) -> Iterator[str]:
     if facts.target.rates is not None and facts.aside_s > ASIDE * (facts.way.update_s + facts.aside_s):
         aside = facts.aside_s / (facts.way.update_s + facts.aside_s)
         yield f"evaluations and saves take {aside:.0%} of the time: raise eval.every or checkpoint.every, or set eval.tokens"
-    if facts.target.here and (needed := (config.checkpoint.keep + 2) * facts.checkpoint_bytes) > (
+    if facts.target.machine is None and (needed := (config.checkpoint.keep + 2) * facts.checkpoint_bytes) > (
         free := shutil.disk_usage(_nearest(RUNS)).free
     ):
         yield f"checkpoints take {needed / GB:.1f} GB, and {free / GB:.1f} GB are free: lower checkpoint.keep, or make room"

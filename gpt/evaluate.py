@@ -172,6 +172,18 @@ def evaluated(parts: Mapping[str, Tokens], max_tokens: int | None) -> int:
     return sum(evaluated_tokens(tokens, each[name]) for name, tokens in parts.items())
 
 
+def learned(parts: Mapping[str, Tokens], max_tokens: int | None) -> int:
+    """Tokens that its loss is a mean over: those that a model learns to write."""
+    each, n = limits(parts, max_tokens), 0
+    for name, tokens in parts.items():
+        end = evaluated_tokens(tokens, each[name])
+        if not tokens.has_spans:
+            n += end
+        else:
+            n += sum(min(span.end, end) - span.start for span in tokens.spans(0, end) if span.kind == "train")
+    return n
+
+
 @torch.inference_mode()
 def evaluate(
     objective: NextToken,

@@ -184,9 +184,10 @@ def generate(
                 if len(ended) == len(ids):
                     return
                 moved = batch.leave(ended)
+                ids = [ids[place] for place in moved]
                 chosen, seen = chosen[moved], None if seen is None else seen[moved]
             if step + 1 < max_tokens:
-                logits = batch.extend(chosen)
+                logits = batch.extend(chosen, ids)
 
 
 class _Batch:
@@ -251,11 +252,12 @@ class _Batch:
         ends = last.to(device) - (longest - features.shape[1])
         return features[torch.arange(len(rows), device=device), ends]
 
-    def extend(self, chosen: Tensor) -> Tensor:
-        """Append a token (n, 1) to each row and read it; logits (n, V). A row that no longer fits loses its oldest half."""
+    def extend(self, chosen: Tensor, ids: list[int]) -> Tensor:
+        """Append a token (n, 1), which the host knows as `ids`, to each row and read it; logits (n, V). A row that no longer
+        fits loses its oldest half."""
         if self.past is not None and len(self.rows[0]) == self.context:
             self.past.ids = []  # the row is about to lose its beginning; a stop meanwhile leaves nothing to go on from
-        for row, token in zip(self.order, chosen[:, 0].tolist(), strict=True):
+        for row, token in zip(self.order, ids, strict=True):
             self.rows[row].append(token)
         if self.cache.host.longest == self.context:
             self._shorten()

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -213,13 +213,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Values under one name each: those of a mapping as MAPPING/NAME."""
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What a tracker may know of a record: numbers, no text, and those of a mapping as MAPPING/NAME, without the directories."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", deeper) for inner, deeper in _flat(value))
-        else:
+            ends = _tails(value)
+            yield from _numbers({f"{name}/{ends[inner]}": deeper for inner, deeper in value.items()})
+        elif isinstance(value, int | float):
             yield name, value
+
+
+def _tails(names: Iterable[str]) -> dict[str, str]:
+    """The ends of several paths, as long as it takes to tell one from another."""
+    apart = {name: name.strip("/").split("/") for name in names}
+    for n in range(1, max(map(len, apart.values()), default=1) + 1):
+        tails = {name: "/".join(parts[-n:]) for name, parts in apart.items()}
+        if len(set(tails.values())) == len(tails):
+            break
+    return tails
 
 
 def duration(seconds: float) -> str:
@@ -247,8 +258,8 @@ class Wandb:
     """wandb behind a guard: whatever it does, training goes on without it.
 
     wandb.json in the run directory keeps the run's id, so that a resume continues it, and the last step sent of each kind:
-    the steps that a resume makes again are not sent twice. wandb is told `run_config` and the records, and no code,
-    arguments, environment or machine.
+    the steps that a resume makes again are not sent twice. wandb is told `run_config` and the numbers of the records, and
+    no text, paths, code, arguments, environment or machine.
     """
 
     def __init__(
@@ -303,10 +314,11 @@ class Wandb:
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Send a record, unless this step was sent before."""
         with self._guarded():
-            if self._run is not None and step > self._sent.get(kind, -1):
+            told = {n if n == "tokens" else f"{kind}/{n}": v for n, v in _numbers(values)}
+            if self._run is not None and told.keys() - {"tokens"} and step > self._sent.get(kind, -1):
                 self._sent[kind] = step
                 self._keep()  # first: killed in between, a step is missing there rather than twice
-                self._run.log({n if n == "tokens" else f"{kind}/{n}": v for n, v in _flat(values) if v is not None})
+                self._run.log(told)
 
     def finish(self, failed: bool) -> None:
         """Close the run; waits a minute at most for what is still to be sent."""

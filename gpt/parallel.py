@@ -27,6 +27,7 @@ from gpt.model import BLOCKS, GPT, ModelConfig, gelu_by_sigmoid, gelu_tanh
 from gpt.ranks import Forward, Ranks, is_divided
 
 PROBE = 256  # tokens that show whether a kernel works here
+SHAPES = 128  # that FlexAttention is compiled for
 FASTER = 1.03  # times, for a kernel to be taken in place of another
 aten = torch.ops.aten
 ORDERS = {  # torch's fused kernels, the one to be tried first by its name
@@ -267,7 +268,12 @@ def _averaged(size: int, bucket: distributed.GradBucket) -> torch.futures.Future
 
 
 def flexible(model: GPT) -> None:
-    """Attention inside documents and windows by FlexAttention, whose kernel skips the blocks that a mask hides."""
+    """Attention inside documents and windows by FlexAttention, whose kernel skips the blocks that a mask hides.
+
+    Compiled once for each shape, of which every source that is evaluated brings one, its last batch; past torch's own limit
+    of eight it would write all scores out.
+    """
+    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
     model.model.flex = torch.compile(flex_attention, dynamic=False)
 
 

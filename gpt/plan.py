@@ -153,11 +153,11 @@ def choose(
     """
     timed = config.time is not None
     compiled = config.compile if isinstance(config.compile, bool) else device.startswith("cuda")
-    seconds = 0.0
+    seconds, eager_s = 0.0, 0.0
     if config.compile == "auto" and device == "cpu":
         if not timed:
-            rows, seconds = fitting(measure, rows, False, note)
-        expected = config.time or seconds * (fixed_steps(config) or 0)
+            rows, eager_s = fitting(measure, rows, False, note)
+        expected = config.time or eager_s * (fixed_steps(config) or 0)
         compiled = expected > COMPILE_PAYS_AFTER_S and missing is None
         why = missing or f"about {expected:.0f} s of training {'repay' if compiled else 'do not repay'} compiling"
         note(f"compile: {'yes' if compiled else 'no'} ({why})")
@@ -172,7 +172,10 @@ def choose(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             note(f"compile: no, running eagerly (it failed: {reason})")
             compiled, seconds = False, 0.0
-    if timed and not compiled:
+        if 0 < eager_s < seconds:
+            note(f"compile: no, running eagerly (an update takes {seconds:.3g} s compiled, {eager_s:.3g} s as it is)")
+            compiled = False
+    if not compiled and (timed or seconds):  # what was made for a compiled update is not kept for the others
         rows, seconds = fitting(measure, rows, False, note)
     steps = fixed_steps(config) or 1
     if config.time is not None:

@@ -43,6 +43,7 @@ class Profile:
         self._done = n == 0
         self._seen, self._last = 0, -1
         self._followed: int | None = None  # updates since the clock was started
+        self._crowded = False
         self._clock = self._timed_s = 0.0
         self._traced: profile | None = None
 
@@ -85,6 +86,7 @@ class Profile:
     def _may_begin(self, step: int) -> bool:
         """Whether it is warm, and no other work falls into what would be followed; for that it waits as long as it lasts."""
         disturbed = any(self._disturbed(each) for each in range(step, step + 2 * self.n))
+        self._crowded = disturbed
         return self._seen >= WARM_UP and (not disturbed or self._seen >= WARM_UP + 2 * self.n)
 
     def _now(self) -> float:
@@ -100,6 +102,10 @@ class Profile:
         except OSError as error:  # the run does not end for it
             where = f"not kept ({error.strerror})"
         found = costs(done, self.n)
+        if self._crowded:
+            self._say(
+                "profile: evaluations, samples and saves between the updates are counted too; set fewer, train.profile=N"
+            )
         self._say(
             f"profile: {self.n} updates of {1e3 * self._timed_s:.2f} ms ({1e3 * traced_s:.2f} ms while traced); {where}"
         )

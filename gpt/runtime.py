@@ -251,11 +251,19 @@ def resident_bytes() -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Memory a run may still take: the GPU's free memory, else what the system has available (8 GiB if unknown)."""
+    """Memory a run may still take: the GPU's free memory and what torch keeps for itself of it, else what the system has
+    available (half of what there is where it does not say, 8 GiB where it says nothing)."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
         return 8 << 30

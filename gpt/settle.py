@@ -35,7 +35,8 @@ from gpt.schedule import ScheduleConfig
 from gpt.tokenizer import Tokenizer
 
 RUNS = Path("runs")
-PROBE_UPDATES = 6
+PROBE_UPDATES = 6  # which tell the speed of an update; two, where they are slow
+PROBE_S = 5.0  # slow are those that take longer
 PROBE_SHARE = 0.03  # of a time budget: a shared machine's speed of one second says little about the next
 REPEATS = 4  # epochs past which repeated text teaches much less than new text would (Muennighoff et al. 2023)
 
@@ -507,7 +508,8 @@ def trial(
     enough_s: float,
     parts: Parts,
 ) -> tuple[float, Optimizer]:
-    """Seconds of an update, and the optimizer that made at least `n` of them for `enough_s` seconds; the weights moved.
+    """Seconds of an update, and the optimizer that made `n` of them, or two slow ones, for at least `enough_s` seconds; the
+    weights moved.
 
     An update of bad numbers is not made, as far as this goes: the run itself will meet them. torch.OutOfMemoryError where
     memory is short; of several ranks an error that nobody answers with another try, as that would meet the others amid theirs.
@@ -519,7 +521,7 @@ def trial(
     forward = parallel.applied(objective, **how, ranks=ranks)
     optimizer = Optimizer(objective.model, config.optim, parts, compile=choices.compile)
     step, start = 0, time.perf_counter()
-    while step < n or told(time.perf_counter() - start < enough_s):
+    while step < min(n, 2) or told(time.perf_counter() - start < (max(PROBE_S, enough_s) if step < n else enough_s)):
         ranks.check()
         step += 1
         try:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,26 @@ def test_a_batch_that_is_small_for_muon_is_warned_of_and_the_one_that_it_names_i
     assert not [each for each in warned(tmp_path, "model.d_model=512") if "Muon" in each]
 
 
+@pytest.mark.parametrize("name", ["quickstart", "tang_poems_cpu", "tinyshakespeare_cpu", "seeds/default"])
+def test_the_recipes_are_not_warned_of_what_they_were_measured_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    found = notes(tmp_path, text, "name=x", "model.vocab_size=8192", card="h100")
+    assert not [each for each in found if "Muon" in each]
+
+
+def test_a_disk_that_is_too_small_is_warned_of_whatever_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for device in ("cpu", "cuda:7"):
+        found = notes(tmp_path, SMALL, f"train.device={device}", size=12_000_000_000)
+        assert [each for each in found if "GB are free: lower checkpoint.keep" in each]
+    assert not [each for each in warned(tmp_path) if "GB are free" in each], "another machine has another disk"
+
+
 def test_repetition_and_little_validation_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_characters(Path("data/none"), 1)
@@ -252,9 +273,9 @@ def test_repetition_and_little_validation_are_warned_of(tmp_path: Path, monkeypa
     for times, expected in ((3.5, False), (4.5, True)):
         found = warned(tmp_path, f"train.steps={int(times * size / 64)}")
         assert bool([each for each in found if "past 4 repetition" in each]) is expected
-    assert [each for each in warned(tmp_path) if "an evaluation reads" in each and "val_fraction" in each]
+    assert [each for each in warned(tmp_path) if "an evaluation is a mean over" in each and "val_fraction" in each]
     monkeypatch.setattr(budget, "FEW_TARGETS", 10)
-    assert not [each for each in warned(tmp_path) if "an evaluation reads" in each]
+    assert not [each for each in warned(tmp_path) if "an evaluation is a mean over" in each]
 
 
 @pytest.mark.parametrize(("per_parameter", "word"), [(2, "smaller model"), (20, None), (1000, "larger model")])

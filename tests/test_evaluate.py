@@ -20,7 +20,7 @@ from gpt import hf, runtime, shards
 from gpt import tokenizer as tokenizers
 from gpt.data import Data, DataConfig, Part, open_data
 from gpt.durable import Directory
-from gpt.evaluate import EvalConfig, Evaluation, evaluate, evaluated, limits, views
+from gpt.evaluate import EvalConfig, Evaluation, evaluate, evaluated, learned, limits, views
 from gpt.loss import NextToken
 from gpt.model import GPT, ModelConfig, init_weights
 from gpt.shards import Span, TokenSet
@@ -206,6 +206,7 @@ def test_where_only_a_part_is_learned_its_own_bytes_count(build: Build, split: S
     )
     log_p = model(torch.tensor(tokens.ids[None]))[0].log_softmax(dim=-1)
     nats = -sum(float(log_p[at - 1, tokens.ids[at]]) for at in range(3, 9))
+    assert learned({"text": tokens}, None) == 6 and learned({"text": split(9, 5)}, None) == 14
     assert score.val_loss == pytest.approx(nats / 6, rel=1e-5)
     assert score.val_bpb == pytest.approx(nats / math.log(2) / sum(range(4, 10)), rel=1e-5)
 

@@ -366,3 +366,23 @@ def test_the_scores_of_several_sources_are_recorded_shown_and_sent_one_by_one(op
     assert "val_bpb 2.0000  poems 2.5000  plays nan" in shown.getvalue()
     assert module.records[0]["eval/sources/poems"] == 2.5
     assert "eval/sources/poems" not in module.records[1]
+
+
+def test_wandb_is_told_numbers_and_neither_text_nor_directories(opened, fake):
+    module = fake()
+    log, _ = opened(wandb=WandbConfig())
+    with log:
+        log.evaluated(
+            10, tokens=40, val_bpb=2.0, sources={"/home/me/a/x": 2.5, "/home/me/b/x": 2.0, "/home/me/b/x/poems": 1.5}
+        )
+        log.sample(10, tokens=40, text="what a model wrote")
+        log.finding(10, "spike", "batch: /home/me/runs/a/bad_batch_10.txt")
+    assert module.records == [
+        {
+            "tokens": 40,
+            "eval/val_bpb": 2.0,
+            "eval/sources/a/x": 2.5,
+            "eval/sources/b/x": 2.0,
+            "eval/sources/x/poems": 1.5,
+        }
+    ]

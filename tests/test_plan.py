@@ -138,6 +138,13 @@ def test_a_cpu_compiles_where_training_is_long_enough_and_says_so(settings: dict
     assert ("do not repay" in note) is not compiled
 
 
+def test_a_cpu_where_a_compiled_update_is_slower_runs_eagerly_and_says_so() -> None:
+    machine = Machine(eager_s=1.0, compiled_s=1.02)
+    assert machine.choose(steps=1000).compile is False
+    assert machine.notes[-1] == "compile: no, running eagerly (an update takes 1.02 s compiled, 1 s as it is)"
+    assert [compiled for _, compiled in machine.calls] == [False, True, False]
+
+
 def test_a_cpu_without_a_compiler_does_not_try_and_says_why() -> None:
     machine = Machine(missing="no C++ compiler (g++) found")
     assert not machine.choose(steps=10**6).compile

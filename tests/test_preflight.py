@@ -61,6 +61,28 @@ def test_a_probe_of_speed_spares_the_update(here: Path, monkeypatch: pytest.Monk
     assert made[1:] == [1]
 
 
+@pytest.mark.parametrize(("slow_s", "expected"), [(1e9, settle.PROBE_UPDATES), (0.0, 2)])
+def test_of_slow_updates_two_tell_the_speed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, slow_s: float, expected: int
+) -> None:
+    made: list[int] = []
+    real = settle.trial
+
+    def counted(
+        config: object, choices: object, objective: object, loader: object, update: Any, *rest: object
+    ) -> object:
+        def tried(*args: object) -> object:
+            made.append(1)
+            return update(*args)
+
+        return real(config, choices, objective, loader, tried, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(settle, "PROBE_S", slow_s)
+    monkeypatch.setattr(settle, "trial", counted)
+    trained("train.compile=auto", "train.steps=1")
+    assert len(made) == expected
+
+
 def test_a_resume_is_checked_too(here: Path) -> None:
     with pytest.raises(signals.Stopped):
         trained(updates=2)

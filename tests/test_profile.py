@@ -55,11 +55,13 @@ def test_the_updates_after_a_warm_up_and_a_measurement_are_traced_once(tmp_path:
 
 
 def test_what_is_due_between_updates_is_left_out_where_that_is_possible(tmp_path: Path) -> None:
-    _, calls = followed(2, range(1, 40), tmp_path, lambda step: step % 7 == 0)
+    said, calls = followed(2, range(1, 40), tmp_path, lambda step: step % 7 == 0)
     assert calls["aten::mm"] == 4 and "aten::sin" not in calls
+    assert not any("counted too" in line for line in said)
     (tmp_path / profile.TRACE).unlink()
-    _, calls = followed(2, range(1, 40), tmp_path, lambda step: step % 3 == 0)
+    said, calls = followed(2, range(1, 40), tmp_path, lambda step: step % 3 == 0)
     assert calls["aten::mm"] == 4 and "aten::sin" in calls
+    assert any(line.startswith("profile: evaluations, samples and saves") for line in said)
 
 
 def test_a_run_that_goes_back_is_followed_anew(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import ctypes
 import mmap
+import os
 import re
 import resource
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +171,19 @@ def test_autocast_computes_products_in_the_dtype_and_fp32_is_none() -> None:
 def test_memory_is_in_bytes() -> None:
     assert 10 * 2**20 < runtime.peak_memory_bytes("cpu") < 2**40
     assert 2**20 < runtime.free_memory_bytes("cpu") < 2**50
+
+
+def test_what_torch_keeps_of_a_gpu_is_free_and_without_a_word_of_the_system_half_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, told in {"mem_get_info": (100, 500), "memory_reserved": 30, "memory_allocated": 10}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
+    assert runtime.free_memory_bytes("cuda:0") == 120
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal: 1 kB")
+    assert runtime.free_memory_bytes("cpu") == there // 2
+    monkeypatch.setattr(os, "sysconf", lambda name: int("none"))
+    assert runtime.free_memory_bytes("cpu") == 8 << 30
 
 
 def test_the_end_of_a_job_is_what_slurm_says_if_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

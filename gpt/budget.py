@@ -18,7 +18,7 @@ from gpt.log import duration, thousands
 from gpt.machines import Machine
 from gpt.model import GPT, ModelConfig
 from gpt.probe import Rates
-from gpt.ranks import AXES, Sizes, sizes
+from gpt.ranks import AXES, Sizes, check_model, check_rows, sizes
 from gpt.run import resolve
 from gpt.settle import RUNS, TrainConfig
 
@@ -84,19 +84,24 @@ class Facts:
     def evaluated(self) -> int:
         return 0 if self.data is None else evaluated(views(self.data), self.config.eval.tokens)
 
+    @property
+    def _saved(self) -> int:
+        """Parameters that a machine's disk takes of each save."""
+        box = 1 if self.target.machine is None else self.target.machine.box
+        return plan.n_trained(self.model) // -(-self.target.devices // box)
+
     @cached_property
     def aside_s(self) -> float:
         """Seconds of a step beside its update, on average."""
-        box = 1 if self.target.machine is None else self.target.machine.box  # whose disk takes a part of each save
-        saved = plan.n_trained(self.model) // -(-self.target.devices // box)
-        return settle.aside_s(self.config, self.evaluated, saved, self.way.update_s)
+        return settle.aside_s(self.config, self.evaluated, self._saved, self.way.update_s)
 
     @cached_property
     def steps(self) -> int | None:
         budget_s = self.config.train.time
         if budget_s is None or self.target.rates is None:
             return plan.fixed_steps(self.config.train)
-        return max(1, int(budget_s / (self.way.update_s + self.aside_s)))
+        once_s = settle.once_s(self.config, self.evaluated, self._saved, self.way.update_s)
+        return max(1, int((budget_s - once_s) / (self.way.update_s + self.aside_s)))
 
     @cached_property
     def epochs(self) -> list[tuple[str, float]]:
@@ -264,6 +269,8 @@ def _among(config: TrainConfig, target: Target, shape: ModelConfig, trained: int
         asked = sizes(config.parallel, target.devices)
         found.sort(key=lambda way: way.n != asked)
         settle.check_parts(config, asked)
+        check_model(asked, shape)
+        check_rows(asked, settle.rows(config), settle.row_length(config), each)
         if not found or found[0].n != asked:
             takes = division.held(needs(1), portions, asked).total / GB
             raise ValueError(
@@ -308,6 +315,8 @@ def _memory(facts: Facts) -> Iterator[tuple[str, str]]:
     )
     parts = {name: getattr(need, name) for name in ("weights", "gradients", "optimizer", "activations")}
     parts["work: logits, one block's gradients"] = need.work
+    if need.reference:
+        parts["the reference"] = need.reference
     if need.holes:
         parts[f"holes in the heap, about {need.holes:.0%} of both"] = int(need.holes * (need.activations + need.work))
     if target.process:

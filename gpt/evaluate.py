@@ -277,7 +277,7 @@ def prefer(
             rewards, there = objective.rewards(*(x.to(device) for x in batch.given))
         margins = (rewards[:, 0] - rewards[:, 1])[there]
         found = (objective.losses(rewards)[there], margins > 0, margins, there)
-        return torch.stack([x.double().sum() for x in found]).tolist()
+        return [float(x.cpu().double().sum()) for x in found]  # not every device has fp64
 
     for name, tokens in parts.items():
         batches = validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix)

@@ -54,7 +54,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < torch.finfo(torch.float32).tiny or self.top_k == 1
 
     def penalize(self, logits: Tensor, seen: Tensor) -> Tensor:
         """`logits` (B, V) with the repetition penalty on the tokens `seen` (B, V) bool."""
@@ -123,8 +123,9 @@ class Past:
         n_read = min(self.cache.host.longest, len(self.ids), len(row) - 1)
         both = enumerate(zip(self.ids[:n_read], row[:n_read], strict=True))
         n_read = next((i for i, (before, now) in both if before != now), n_read)
-        if model.config.prefix_lm:
-            n_read = 0  # a prompt that is read both ways is read whole
+        scaling = model.config.rope_scaling
+        if model.config.prefix_lm or (scaling is not None and scaling.kind == "dynamic"):
+            n_read = 0  # a prompt that is read both ways, or turned by its length, is read whole
         self.cache.rewind(torch.full_like(self.cache.lengths, n_read))
         if self.cache.max_len < max_len:
             wider = min(max(max_len, 2 * self.cache.max_len), model.config.max_seq_len or max_len)

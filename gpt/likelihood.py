@@ -87,22 +87,43 @@ def _parts(
         yield from ((prompt, group[start : start + n]) for start in range(0, len(group), n))
 
 
+def _shared(model: GPT, prompts: Sequence[Sequence[int]], owner: Tensor, targets: Tensor) -> Tensor:
+    """Features (n, T, C) before each of `targets` (n, T), whose row i follows prompt owner[i]; each prompt is read once."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=owner.device)
+    cache = model.new_cache(len(prompts), max(map(len, prompts)))
+    tokens = _padded(prompts, 0).to(owner.device)
+    prefix = torch.arange(tokens.shape[1], device=owner.device) < lengths[:, None] if model.config.prefix_lm else None
+    read = model.features(tokens, cache=cache, prefix=prefix)  # (P, S, C)
+    features = read[torch.arange(len(prompts), device=owner.device), lengths - 1][owner, None]  # (n, 1, C)
+    if targets.shape[1] == 1:
+        return features
+    cache.rewind(lengths)
+    rows = spread(cache, owner, cache.max_len + targets.shape[1] - 1)
+    return torch.cat([features, model.features(targets[:, :-1].clamp(min=0), cache=rows)], dim=1)
+
+
+def _whole(model: GPT, prompts: Sequence[Sequence[int]], owner: Tensor, targets: Tensor) -> Tensor:
+    """The same where a row's length decides by what angles all of it turns: each row is read from its beginning."""
+    given = [[id for id in row if id >= 0][:-1] for row in targets.tolist()]
+    rows = [[*prompts[at], *ids] for at, ids in zip(owner.tolist(), given, strict=True)]
+    tokens, lengths = _padded(rows, 0).to(owner.device), torch.tensor([len(row) for row in rows], device=owner.device)
+    slots = torch.arange(tokens.shape[1], device=owner.device)
+    first = torch.tensor([len(prompts[at]) for at in owner.tolist()], device=owner.device)[:, None]
+    prefix = slots < first if model.config.prefix_lm else None
+    features = model.features(tokens, slots.minimum(lengths[:, None] - 1), prefix=prefix)
+    at = (first - 1 + torch.arange(targets.shape[1], device=owner.device)).clamp(max=tokens.shape[1] - 1)
+    return features[torch.arange(len(rows), device=owner.device)[:, None], at]
+
+
 def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -> list[Score]:
     """The scores of `continuations`, which follow the prompts of a batch in its order."""
     device = model.model.embed_tokens.weight.device
     prompts = [prompt for prompt, _ in batch]
     owner = torch.tensor([row for row, (_, group) in enumerate(batch) for _ in group], device=device)
     targets = _padded(continuations, -1).to(device)  # (n, T)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = model.new_cache(len(prompts), max(map(len, prompts)))
-    tokens = _padded(prompts, 0).to(device)
-    prefix = torch.arange(tokens.shape[1], device=device) < lengths[:, None] if model.config.prefix_lm else None
-    read = model.features(tokens, cache=cache, prefix=prefix)  # (P, S, C)
-    features = read[torch.arange(len(prompts), device=device), lengths - 1][owner, None]  # (n, 1, C)
-    if targets.shape[1] > 1:
-        cache.rewind(lengths)
-        rows = spread(cache, owner, cache.max_len + targets.shape[1] - 1)
-        features = torch.cat([features, model.features(targets[:, :-1].clamp(min=0), cache=rows)], dim=1)
+    scaling = model.config.rope_scaling
+    read = _whole if scaling is not None and scaling.kind == "dynamic" else _shared
+    features = read(model, prompts, owner, targets)
     inside = targets >= 0
     logprobs, best = _looked_up(model, features[inside], targets[inside])
     inside = inside.cpu()

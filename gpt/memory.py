@@ -58,12 +58,15 @@ class Need:
     step: int
     summed: bool = True
     holes: float = 0.0  # of what comes and goes in a pass, what an allocator cannot use again
+    reference: int = 0  # the model that answers are compared with: many devices hold it whole each
 
     @property
     def total(self) -> int:
         """The most at any moment."""
         amid, after = round((1 + self.holes) * (self.activations + self.work)), self.gradients + self.step
-        return self.weights + self.optimizer + max(amid + (self.gradients if self.summed else 0), after)
+        return (
+            self.weights + self.reference + self.optimizer + max(amid + (self.gradients if self.summed else 0), after)
+        )
 
 
 BYTES = tuple(part.name for part in fields(Need) if part.name not in ("summed", "holes"))
@@ -260,9 +263,8 @@ def _dressed(config: ModelConfig, adapter: AdapterConfig | None) -> GPT:
 def _measured(shape: ModelConfig, setting: Setting) -> Need:
     """`need` of a model so shallow that it is gone through."""
     passed, moved = walked(shape, setting), stepped(shape, setting)
-    copies = 2 if setting.objective.kind == "dpo" and setting.adapter is None else 1  # the reference is one
     return Need(
-        weights=copies * moved.weights,
+        weights=moved.weights,
         gradients=moved.gradients,
         optimizer=moved.state,
         activations=passed.activations,
@@ -270,6 +272,7 @@ def _measured(shape: ModelConfig, setting: Setting) -> Need:
         step=moved.work,
         summed=setting.summed,
         holes=HOLES if setting.device == "cpu" else 0.0,
+        reference=moved.weights if setting.objective.kind == "dpo" and setting.adapter is None else 0,
     )
 
 

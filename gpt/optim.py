@@ -399,6 +399,8 @@ def _build(names: Mapping[Tensor, str], config: OptimConfig, here: Here, compile
     if decaying:
         groups.append({"params": decaying, "weight_decay": config.weight_decay, **how})
     yield AdamW(groups)
+    if not blocks:  # an adapter on the head alone
+        return
     if config.kind == "muon":
         asked: dict[str, Any] = {"cautious": config.cautious, "compile": compile}
         yield Muon(blocks, config.lr, config.momentum, config.weight_decay, here, **asked)

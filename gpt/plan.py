@@ -85,6 +85,7 @@ class Choices(Settings):
         "any", description="torch's fused attention kernel that is tried first; any: in torch's own order"
     )
     reference: str | None = Field(None, description="fingerprint of the weights that answers are compared with")
+    fallbacks: tuple[str, ...] = Field((), description="settings of train that could not be had as they were asked for")
     torch: str = Field(description="version of torch")
     cpu: str = Field(description="kind of CPU")
 
@@ -140,6 +141,7 @@ def choose(
     data: str,
     attention: str = "dense",
     fused: Literal["any", "flash", "cudnn"] = "any",
+    once: Callable[[float], float],
     extra: Callable[[float], float],
     elapsed: Callable[[], float],
     measure: Measure,
@@ -148,8 +150,9 @@ def choose(
 ) -> Choices:
     """Settle micro-batch, compilation and steps, measuring an update only where a choice depends on it.
 
-    `extra(seconds per update)` are the seconds a step costs on average beside its update; `elapsed()` is what a
-    time budget has lost already. `missing` is why nothing can be compiled here for a CPU, or None.
+    `extra(seconds per update)` are the seconds a step costs on average beside its update, `once(seconds per update)` those
+    of the run's beginning and end; `elapsed()` is what a time budget has lost already. `missing` is why nothing can be
+    compiled here for a CPU, or None.
     """
     timed = config.time is not None
     compiled = config.compile if isinstance(config.compile, bool) else device.startswith("cuda")
@@ -179,10 +182,12 @@ def choose(
         rows, seconds = fitting(measure, rows, False, note)
     steps = fixed_steps(config) or 1
     if config.time is not None:
-        left = config.time - elapsed()
+        left = config.time - elapsed() - once(seconds)
         steps = max(1, int(left / (seconds + extra(seconds))))
         note(f"budget: {config.time:.0f} s are {steps} steps at {1000 * seconds:.0f} ms")
+    settled = {"compile": compiled, "micro_batch": rows}
     return Choices(
+        fallbacks=tuple(name for name, value in settled.items() if getattr(config, name) not in ("auto", value)),
         device=device,
         dtype=dtype,
         compile=compiled,

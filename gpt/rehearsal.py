@@ -111,7 +111,8 @@ def _legs(given: TrainConfig) -> TrainConfig:
         choices = settings.load(TrainConfig, own).choices
     if choices is not None:  # what this command asks for goes before what the run chose
         asked = {name: getattr(given.train, name) for name in resume.CHOSEN} | {"steps": plan.fixed_steps(given.train)}
-        choices = choices.model_copy(update={n: value for n, value in asked.items() if value not in (None, "auto")})
+        wanted = {name: value for name, value in asked.items() if name not in choices.fallbacks}
+        choices = choices.model_copy(update={n: value for n, value in wanted.items() if value not in (None, "auto")})
     return given.model_copy(update=quiet | {"choices": choices})
 
 

@@ -235,8 +235,10 @@ def _moved(was: Config, now: Config, changes: Sequence[Change], origin: Origin) 
     """`now` with the history and the choices of `was`, and in both what changed."""
     choices: Choices | None = was.choices
     if choices is not None:
-        asked = {name: getattr(now.train, name) for name in CHOSEN}
+        failed = {name for name in choices.fallbacks if getattr(now.train, name) == getattr(was.train, name)}
+        asked = {name: getattr(now.train, name) for name in CHOSEN if name not in failed}
         update: dict[str, Any] = {name: value for name, value in asked.items() if value != "auto"}
+        update["fallbacks"] = tuple(name for name in choices.fallbacks if name in failed)
         if not str(update.get("device", choices.device)).startswith("cuda"):  # whose kernels these are
             update |= {"attention": "dense", "fused": "any"}
         if any(change.key in BUDGET for change in changes):

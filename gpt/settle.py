@@ -245,7 +245,7 @@ def _check_choices(config: TrainConfig, choices: Choices, data: Data) -> None:
     asked = {name: getattr(train, name) for name in resume.CHOSEN}
     asked["steps"] = plan.fixed_steps(train)
     for name, value in asked.items():
-        if value not in (None, "auto") and value != getattr(choices, name):
+        if value not in (None, "auto", getattr(choices, name)) and name not in choices.fallbacks:
             raise ValueError(
                 f"train.{name} asks for {value}, the choices in the settings say {getattr(choices, name)}; "
                 f"choices=null makes them anew"
@@ -635,6 +635,7 @@ def _choose(
         data=data.fingerprint,
         attention=attention,
         fused=fused,
+        once=lambda seconds: once_s(config, n_evaluated, plan.n_trained(model), seconds),
         extra=lambda seconds: aside_s(config, n_evaluated, plan.n_trained(model), seconds),
         elapsed=lambda: told(elapsed()),
         measure=measure,
@@ -654,9 +655,20 @@ def _choose(
 
 
 def aside_s(config: TrainConfig, n_evaluated: int, n_trained: int, update_s: float) -> float:
-    """Seconds that evaluations and saves add to an update, on average. An evaluated token costs a third of a trained one."""
-    evaluation = update_s / 3 * n_evaluated / config.train.batch_tokens
+    """Seconds that evaluations and saves add to an update, on average."""
+    evaluation = _evaluation_s(config, n_evaluated, update_s)
     return evaluation / config.eval.every + plan.save_s(n_trained, config.optim.ema) / config.checkpoint.every
+
+
+def once_s(config: TrainConfig, n_evaluated: int, n_trained: int, update_s: float) -> float:
+    """Seconds of what is due whatever the steps: an evaluation and a save at the end, one before tuning begins."""
+    n = 1 if config.init_from is None else 2
+    return n * _evaluation_s(config, n_evaluated, update_s) + plan.save_s(n_trained, config.optim.ema)
+
+
+def _evaluation_s(config: TrainConfig, n_evaluated: int, update_s: float) -> float:
+    """An evaluated token costs a third of a trained one."""
+    return update_s / 3 * n_evaluated / config.train.batch_tokens
 
 
 def _rows_that_fit(
@@ -703,7 +715,8 @@ def fits(
         if not found:
             found.append(memory.needs(shape, of))
         whole = found[0](rows)
-        there = whole.weights // (n.shard * n.tensor) if beside else 0  # what FSDP2 gathers is to come
+        # What FSDP2 gathers is to come.
+        there = whole.weights // (n.shard * n.tensor) + whole.reference if beside else 0
         return division.held(whole, division.portions(shape), n).total - there <= room
 
     return so_many

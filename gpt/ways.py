@@ -67,7 +67,14 @@ def _table(ways: list[Way], room: float) -> page.Table:
     rows = []
     for way in ways:
         need = way.need
-        numbers = (need.weights, need.gradients, need.optimizer, need.activations, need.work, need.total)
+        numbers = (
+            need.weights + need.reference,
+            need.gradients,
+            need.optimizer,
+            need.activations,
+            need.work,
+            need.total,
+        )
         rows.append((*way.cells, *(f"{n / GB:.2f}" for n in numbers), "yes" if need.total <= room else "no"))
     return page.Table((*columns, "total GB", "fits"), rows, words=4, tail=1)
 

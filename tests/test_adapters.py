@@ -106,6 +106,14 @@ def test_only_the_adapter_is_trained_and_only_it_has_states(build, tokens) -> No
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
+def test_muon_leaves_an_adapter_on_the_head_alone_to_adamw(build, tokens) -> None:
+    model = put_on(build(tie_embeddings=False), AdapterConfig(rank=2, targets=("lm_head",)))
+    optimizer = Optimizer(model, OptimConfig(kind="muon"))
+    NextToken(model)(tokens(2, 9), tokens(2, 9, seed=1)).backward()
+    optimizer.step(1.0)
+    assert {key.rpartition(":")[0] for key in optimizer.state()} == trained(model).keys()
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_head_of_its_own_can_be_a_target(build, tokens, kind: str) -> None:
     model = learn(put_on(build(tie_embeddings=False), AdapterConfig(kind=kind, rank=2, targets=("lm_head",))))

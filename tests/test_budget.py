@@ -169,6 +169,8 @@ def test_the_sizes_that_are_set_are_planned_with_or_refused(tmp_path: Path) -> N
         ValueError, match=r"parallel \(replicate 8 x shard 1 x tensor 1\) does not fit 8 x A100.*leave the sizes"
     ):
         blocks(tmp_path, SMALL, *rows, "parallel.shard=1", card="a100", devices=8, size=1000)
+    with pytest.raises(ValueError, match=r"12 rows, which 8 ranks"):
+        blocks(tmp_path, SMALL, "train.batch_tokens=384", "parallel.replicate=8", card="a100", devices=8)
     with pytest.raises(ValueError, match=r"no division of 64 rows among 8 x A100.* set train.checkpointing=full"):
         blocks(tmp_path, SMALL, *rows, card="a100", devices=8, size=1000)
 

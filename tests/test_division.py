@@ -1,5 +1,6 @@
 """A run among devices that need not be here: what each holds, what they tell each other, which sizes are allowed and fit."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -33,6 +34,11 @@ def test_copies_hold_everything_and_shards_their_part_and_what_is_gathered() -> 
     both = division.held(NEED, PORTIONS, Sizes(1, 4, 2))
     assert (both.weights, both.optimizer, both.activations, both.work) == (5_000 + gathered // 2, 10_000, 8_000, 4_000)
     assert division.held(NEED, PORTIONS, Sizes(5, 4, 2)) == both
+
+
+def test_what_answers_are_compared_with_is_held_whole() -> None:
+    beside = division.held(replace(NEED, reference=40_000), PORTIONS, Sizes(1, 4, 2))
+    assert beside.total == division.held(NEED, PORTIONS, Sizes(1, 4, 2)).total + 40_000
 
 
 def test_what_is_told_is_what_rings_move() -> None:

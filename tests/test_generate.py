@@ -238,6 +238,11 @@ def test_a_limit_that_is_none_takes_no_memory(model: GPT) -> None:
     columns.close()
 
 
+def test_what_is_colder_than_a_number_can_say_is_greedy(model: GPT) -> None:
+    cold = [column.ids for column in run(model, [[1, 5, 9]], Sampling(temperature=1e-50), 5)]
+    assert cold == [column.ids for column in run(model, [[1, 5, 9]], GREEDY, 5)]
+
+
 def test_top_k_one_is_greedy(model: GPT) -> None:
     assert row(run(model, [[1, 2]], Sampling(temperature=2.0, top_k=1))) == row(run(model, [[1, 2]], GREEDY))
 
@@ -562,6 +567,17 @@ def test_a_prefix_lm_reads_each_prompt_whole(monkeypatch: pytest.MonkeyPatch) ->
     read = counted(model, monkeypatch)
     assert [column.ids for column in run(model, [[1, 2, 3, 4]], past=past)] == expected
     assert read[0] == 4
+
+
+def test_a_row_that_turns_by_its_length_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, past, row = build(**VARIANTS["dynamic scaling"]), Past(), [1, *range(2, 14)]
+    written = [column.ids[0] for column in run(model, [row], max_tokens=8, past=past)]
+    row = [*row, *(id for id in written if id is not None), 5, 6]
+    expected = run(model, [row], max_tokens=4)
+    read = counted(model, monkeypatch)
+    got = run(model, [row], max_tokens=4, past=past)
+    assert read[0] == len(row) and [c.ids for c in got] == [c.ids for c in expected]
+    assert [c.logprobs[0] for c in got] == pytest.approx([c.logprobs[0] for c in expected], abs=1e-5)
 
 
 # No more than what there is to read

@@ -50,6 +50,13 @@ def test_scores_do_not_depend_on_what_shares_a_batch(build: Build) -> None:
         assert [score.greedy for score in some] == [score.greedy for score in whole]
 
 
+def test_rows_that_turn_by_their_own_lengths_are_scored_alike_in_any_batch(build: Build) -> None:
+    model = build(max_seq_len=64, **VARIANTS["dynamic scaling"])
+    pairs: list[Pair] = [(list(range(30)), [7, 3]), ([5, 9], [8, 2, 2]), (list(range(20, 34)), [1] * 9), ([5, 9], [4])]
+    scores = log_likelihoods(model, pairs, 1000)
+    assert [s.logprob for s in scores] == pytest.approx([slowly(model, pair)[0] for pair in pairs], abs=1e-4)
+
+
 def test_what_greedy_decoding_writes_is_greedy_and_nothing_else_is(build: Build) -> None:
     model, written = build(), list(PROMPT)
     for _ in range(3):

@@ -196,7 +196,7 @@ def test_a_reference_of_its_own_is_counted_with_the_weights() -> None:
     plain, dpo, simpo = (
         need(config, setting(objective=ObjectiveConfig(kind=k))) for k in ("next_token", "dpo", "simpo")
     )
-    assert dpo.weights == 2 * plain.weights
+    assert dpo.weights == dpo.reference == plain.weights and plain.reference == simpo.reference == 0
     assert simpo.weights == plain.weights
     switched = (
         need(config, setting(adapter=AdapterConfig(), objective=ObjectiveConfig(kind=k))) for k in ("dpo", "simpo")

@@ -41,6 +41,7 @@ class Machine:
         *,
         rows: int = 8,
         device: str = "cpu",
+        once: Callable[[float], float] = lambda seconds: 0.0,
         extra: Callable[[float], float] = lambda seconds: 0.0,
         elapsed: float = 0.0,
         **settings: object,
@@ -52,6 +53,7 @@ class Machine:
             dtype="float32",
             threads=2,
             data="fingerprint",
+            once=once,
             extra=extra,
             elapsed=lambda: elapsed,
             measure=self.measure,
@@ -100,8 +102,9 @@ def test_steps_are_as_set_and_tokens_are_rounded_up_to_whole_steps() -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_time_budget_is_filled_with_steps_of_the_measured_speed(compiled: bool) -> None:
     machine = Machine(eager_s=0.25, compiled_s=0.125)
-    choices = machine.choose(time=100.0, compile=compiled, elapsed=10.0, extra=lambda seconds: seconds / 2)
-    assert choices.steps == int(90 / (0.1875 if compiled else 0.375))
+    aside = {"once": lambda seconds: 40 * seconds, "extra": lambda seconds: seconds / 2}
+    choices = machine.choose(time=100.0, compile=compiled, elapsed=10.0, **aside)
+    assert choices.steps == int(85 / 0.1875 if compiled else 80 / 0.375)
     assert machine.calls == [(8, compiled)]
     assert machine.notes == [f"budget: 100 s are {choices.steps} steps at {125 if compiled else 250} ms"]
 
@@ -114,6 +117,15 @@ def test_the_record_holds_what_was_given_and_what_repeats_a_run() -> None:
     choices = Machine().choose(steps=3, compile=False)
     assert (choices.device, choices.dtype, choices.threads, choices.data) == ("cpu", "float32", 2, "fingerprint")
     assert (choices.torch, choices.cpu) == (runtime.torch_version(), runtime.cpu_kind())
+
+
+def test_what_could_not_be_had_as_asked_is_recorded() -> None:
+    assert Machine().choose(rows=4, steps=3, compile=True, micro_batch=4).fallbacks == ()
+    small = Machine(compile_error=RuntimeError("g++"), most_rows=2)
+    asked = {"steps": 3, "compile": True, "micro_batch": 4}
+    assert small.choose(rows=4, **asked).fallbacks == ("compile",), "nothing eager was measured"
+    assert Machine(most_rows=2).choose(rows=4, **asked).fallbacks == ("micro_batch",)
+    assert Machine(most_rows=2).choose(rows=4, steps=3, compile=True).fallbacks == (), "what was left open"
 
 
 # Compilation

@@ -365,6 +365,28 @@ def test_settings_that_contradict_the_choices_beside_them_are_refused(grammar: P
     assert metrics("longer", "train")[-1]["step"] == 8
 
 
+def test_what_could_not_be_had_as_asked_is_not_tried_again(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tried = settle.parallel.applied, []
+
+    def applied(objective, *, compile, **how):
+        if compile:
+            tried.append(True)
+            raise RuntimeError("g++: exit 1")
+        return real(objective, compile=compile, **how)
+
+    for module in (settle.parallel, trainer.parallel):
+        monkeypatch.setattr(module, "applied", applied)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(signals.Stopped):
+            train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
+    assert tried == [True]
+    train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
+    assert tried == [True] and metrics("tiny", "train")[-1]["step"] == 6
+    train(config.load(TrainConfig, Path("runs/tiny/config.yaml"), ["name=again"]), console=CONSOLE)
+    assert tried == [True] and metrics("again", "train")[-1]["step"] == 6
+
+
 def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = config.load(TrainConfig, Path("tiny.yaml"), ["train.steps=null", "train.time=3s", "eval.every=1000"])
     stop_at(monkeypatch, 5)

@@ -3,10 +3,11 @@
     python benchmarks/gpu.py [--only NAME,NAME] [--out FILE.json]
 
 Every section is a process of its own with a time limit, so that one that fails or hangs costs the others nothing; all
-together end within ten minutes on an H200. Shares are of this GPU's own rates: of a product of random 8192 x 8192 matrices
-in bf16, and of a copy within its memory. Peers (transformers, eager and compiled) are measured where they can be imported,
-on as many rows as they can hold. Without CUDA everything runs on the CPU at toy size, and the tables say so: that shows
-that the script works, and measures nothing. Prints tables and, last, one JSON line; `--out` writes the same as a file.
+together are to end within ten minutes on one data-centre GPU. Shares are of this GPU's own rates: of a product of random
+8192 x 8192 matrices in bf16, and of a copy within its memory.
+Peers (transformers, eager and compiled) are measured where they can be imported, on as many rows as they can hold. Without
+CUDA everything runs on the CPU at toy size, and the tables say so: that shows that the script works, and measures nothing.
+Prints tables and, last, one JSON line; `--out` writes the same as a file.
 """
 
 import argparse

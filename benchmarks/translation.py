@@ -3,7 +3,7 @@
     python benchmarks/translation.py [--quick] [--dir DIRECTORY] [key=value ...]
 
 Makes pairs of a made-up language (below) as JSON lines, prepares them with the source as the prompt, so that only the
-target is learned, trains configs/seeds/translation.yaml twice, with model.prefix_lm and without, and lets each write the
+target is learned, trains configs/papers/translation.yaml twice, with model.prefix_lm and without, and lets each write the
 targets of pairs that it never saw. Prints a table and, last, one JSON line.
 """
 
@@ -157,7 +157,7 @@ def measure(directory: Path, n_pairs: int, settings: list[str]) -> list[dict[str
     rows: list[dict[str, object]] = []
     for case, flag in (("both ways", "true"), ("causal", "false")):
         name = f"translation-{case.replace(' ', '-')}"
-        config = str(ROOT / "configs" / "seeds" / "translation.yaml")
+        config = str(ROOT / "configs" / "papers" / "translation.yaml")
         given = [f"name={name}", f"data.path={data}", f"model.prefix_lm={flag}", *settings]
         subprocess.run([sys.executable, str(ROOT / "train.py"), config, *given], check=True, cwd=directory)
         share = exact(str(directory / "runs" / name), held_out)

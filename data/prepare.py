@@ -1,6 +1,6 @@
 """Prepare text for training: a tokenizer and token shards in one directory.
 
-    python data/prepare.py INPUT... --out data/NAME      INPUT: file, directory, glob, '-', URL (with #sha256=...)
+    python data/prepare.py INPUT... --out data/NAME      INPUT: file, directory, glob, '-', URL (with #sha256=...), hub:ORG/NAME
     python data/prepare.py data/NAME.yaml [key=value ...]
 
 A data set that is up to date is left alone; an interrupted preparation continues where it stopped. On several machines
@@ -41,7 +41,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--vocab-size", metavar="N", help="entries of the tokenizer to train; follows the corpus by default"
     )
     vocabulary.add_argument(
-        "--tokenizer", metavar="PATH", help="use this tokenizer.json, or that of a data set, checkpoint or run"
+        "--tokenizer",
+        metavar="SOURCE",
+        help="use this vocabulary file, or that of a data set, run or model (hub:ORG/NAME)",
     )
     growth = parser.add_mutually_exclusive_group()
     growth.add_argument("--grow", metavar="N", help="learn N more tokens beside those of --tokenizer, on this text")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt import durable, signals, tokenizer
+from gpt import durable, run, signals, tokenizer
 from gpt.durable import CorruptError
 from gpt.shards import Span
 from gpt.tokenizer import UNKNOWN, Tokenizer
@@ -76,7 +76,7 @@ def load_tokenizer(path: Path, named: str | None) -> Tokenizer:
     nanoGPT keeps the latter in meta.pkl, which is not read: a pickle can run code. ValueError in words.
     """
     if named is not None:
-        return Tokenizer.load(Path(named))
+        return Tokenizer.load(run.vocabulary(named))
     directory = path if path.is_dir() else path.parent
     if (directory / "meta.json").is_file():
         return _characters(directory / "meta.json")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt import growth, signals
+from gpt import growth, run, signals
 from gpt.census import script_of
 from gpt.page import Block, Heading, Note, Row, Segment, Table, Token, quoted
 from gpt.shards import TokenSet
@@ -53,8 +53,8 @@ def of_tokenizer(source: str, files: Sequence[str], other: str | None) -> tuple[
 
     Raises FileNotFoundError or ValueError in words, CorruptError for a damaged data set.
     """
-    first = Tokenizer.load(Path(source))
-    second = None if other is None else Tokenizer.load(Path(other))
+    first = Tokenizer.load(run.vocabulary(source))
+    second = None if other is None else Tokenizer.load(run.vocabulary(other))
     is_data = not files and (Path(source) / "manifest.json").is_file()
     if second is not None and not files and not is_data:
         raise ValueError(f"{source} is no data set: name text to compare the tokenizers on: --text FILE")

@@ -21,7 +21,7 @@ from gpt.optim import Optimizer
 from gpt.places import of_batch, openings
 from gpt.plan import Choices
 from gpt.ranks import ALONE, Forward, Ranks, apart
-from gpt.schedule import ScheduleConfig, factor
+from gpt.schedule import factor, updates
 from gpt.settle import REPEATS, TrainConfig
 from gpt.tokenizer import Tokenizer
 
@@ -108,10 +108,6 @@ def broken(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(name for name, tensor in tensors.items() if not bool(tensor.isfinite().all()))
 
 
-def warmup_steps(config: ScheduleConfig, steps: int) -> float:
-    return config.warmup * steps if config.warmup < 1 else config.warmup
-
-
 def climbing(recent: Sequence[tuple[float, float]]) -> bool:
     """Whether loss or gradient norm rose over the last updates."""
     if len(recent) < 2 * SHORT:
@@ -140,7 +136,7 @@ def of_bad(
     gone = sorted({name for look in looks for name in look.tensors})
     if gone:
         evidence.append(f"gradients that are not finite: {_some(gone)}")
-    warming = bad.step <= 2 * warmup_steps(config.schedule, steps)
+    warming = bad.step <= 2 * updates(config.schedule.warmup, steps)
     if weights:
         cause, advice = f"the weights themselves are not finite ({_some(weights)})", "numbers.on_bad=rollback"
     elif looks and not odd and not math.isfinite(bad.loss + bad.grad_norm):
@@ -157,17 +153,22 @@ def of_bad(
             "numbers.on_bad=skip" + (" numbers.spikes=bad" if math.isfinite(bad.loss) else "") + ", or mend the text"
         )
     elif warming:
-        longer = max(2 * warmup_steps(config.schedule, steps), 0.05 * steps, 2.0)
+        longer = max(2 * updates(config.schedule.warmup, steps), 0.05 * steps, 2.0)
         cause = "the warm-up is too short"
-        advice = f"schedule.warmup={math.ceil(min(longer, steps))} (steps; another run: --fresh)"
+        advice = f"schedule.warmup={math.ceil(min(longer, steps))} (steps; {_by('schedule.warmup')})"
     elif config.optim.clip is None:
-        cause, advice = "gradients are not clipped", "optim.clip=1.0 (another run: --fresh)"
+        cause, advice = "gradients are not clipped", f"optim.clip=1.0 ({_by('optim.clip')})"
     else:
         told = "loss or gradient norm climbed before" if climbing(recent) else "the rate is what is left to suspect"
         cause = f"the learning rate is too high: {told}"
-        advice = f"optim.lr={config.optim.lr / 3:.2g} (another run: --fresh), or past it with numbers.on_bad=rollback"
+        advice = f"optim.lr={config.optim.lr / 3:.2g} ({_by('optim.lr')}), or past it with numbers.on_bad=rollback"
     text = f"{bad}\n{', '.join(evidence)}\nlikely: {cause}\nset: {advice}"
     return Finding("spike" if math.isfinite(bad.loss + bad.grad_norm) else "not finite", text)
+
+
+def _by(key: str) -> str:
+    """How a setting that may change on the way is changed."""
+    return f"--allow {key}, or another run: --fresh"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -202,13 +203,13 @@ class Doctor:
         if step - self.said.get("spike", -AGAIN) < AGAIN:
             return []
         now = factor(self.config.schedule, step, self.steps)
-        early = step <= 2 * warmup_steps(self.config.schedule, self.steps)
-        longer = math.ceil(max(2 * warmup_steps(self.config.schedule, self.steps), 0.05 * self.steps))
-        lower = f"optim.lr={self.config.optim.lr / 2:.2g} (another run: --fresh)"
+        early = step <= 2 * updates(self.config.schedule.warmup, self.steps)
+        longer = math.ceil(max(2 * updates(self.config.schedule.warmup, self.steps), 0.05 * self.steps))
+        lower = f"optim.lr={self.config.optim.lr / 2:.2g} ({_by('optim.lr')})"
         if "spike" in self.said:
             cause, advice = "the learning rate is too high: it is not the first", lower
         elif early:
-            cause, advice = "the warm-up is too short", f"schedule.warmup={longer} (steps; another run: --fresh)"
+            cause, advice = "the warm-up is too short", f"schedule.warmup={longer} (steps; {_by('schedule.warmup')})"
         else:
             cause, advice = (
                 "a document of garbage",
@@ -220,17 +221,22 @@ class Doctor:
     def trained(self, step: int, loss: float, grad_norm: float) -> list[Finding]:
         """What the training lines up to this one say."""
         self._extend(step, loss, grad_norm)
-        if len(self.curve) < LONG or step <= warmup_steps(self.config.schedule, self.steps):
+        if len(self.curve) < LONG or step <= updates(self.config.schedule.warmup, self.steps):
             return []
         losses, norms = ([line[i] for line in self.curve[-LONG:]] for i in (1, 2))
         lr, now = self.config.optim.lr, statistics.median(losses)
         if max(norms) < DEAD:
+            std = (
+                ""
+                if self.config.model.init_std == 0.02
+                else f"model.init_std=0.02 (it is {self.config.model.init_std}), "
+            )
             text = f"the gradient norm is {max(norms):.2g}\nlikely: " + (
                 "nothing is learned: the loss is 0, since no token is a target\n"
                 "set: look at what is learned (python -m gpt.look data), and mend `chat` or `prompt` in the recipe"
                 if now == 0
                 else f"dead gradients: the weights began too small or have grown too large\n"
-                f"set: model.init_std=0.02 (it is {self.config.model.init_std}) (another run: --fresh)"
+                f"set: {std}optim.lr={lr / 3:.2g} (another run: --fresh)"
             )
             return self._told(step, "dead", text)
         began = self.curve[0][0]
@@ -247,9 +253,9 @@ class Doctor:
             )
             high = statistics.median(norms) > 1
             text += (
-                f"high: weights were thrown where nothing can be learned\nset: optim.lr={lr / 10:.2g} (another run: --fresh)"
+                f"high: weights were thrown where nothing can be learned\nset: optim.lr={lr / 10:.2g} ({_by('optim.lr')})"
                 if high
-                else f"low\nset: optim.lr={lr * 10:.2g} (another run: --fresh)"
+                else f"low\nset: optim.lr={lr * 10:.2g} ({_by('optim.lr')})"
             )
             return self._told(step, "plateau", text)
         return self._diverging(step, now)
@@ -266,7 +272,7 @@ class Doctor:
             else f"the loss rose from {best:.4g} at step {at} to {now:.4g}"
         )
         text = f"{what}: the run diverges\nlikely: the learning rate is too high\n"
-        text += f"set: optim.lr={self.config.optim.lr / 3:.2g} (another run: --fresh)"
+        text += f"set: optim.lr={self.config.optim.lr / 3:.2g} ({_by('optim.lr')})"
         return self._told(step, "diverging", text)
 
     def evaluated(self, step: int, scores: Mapping[int, float], epochs: float) -> list[Finding]:
@@ -287,7 +293,7 @@ class Doctor:
             f"validation rose {WORSE_EVALS} times in a row, to {scores[last[-1]]:.4f} from {scores[best]:.4f} at step {best}, "
             f"while the training loss fell\nlikely: {why}; the checkpoint of step {best} is kept if there is one\n"
             f"set: train.patience={WORSE_EVALS} (it stops by itself), model.dropout={dropout:.1f}"
-            f"{', or add text' if repeated else ''} (another run: --fresh)"
+            f"{', or add text' if repeated else ''} (dropout: {_by('model.dropout')})"
         )
         return self._told(step, "overfitting", text)
 

@@ -40,7 +40,7 @@ REFUSED = {
 }
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 WHITESPACE = re.compile(r"[ \t\r\n]*")
-PARQUET_EXTRA = "needs pyarrow: pip install 'gpt-trainer[parquet]'"
+PARQUET_EXTRA = "needs pyarrow: pip install -e '.[parquet]'"
 
 Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "tar"]
 Span = tuple[int, int, "bytes | BadRecord"]

@@ -3,7 +3,7 @@
 python -m gpt.harness runs/quickstart --tasks hellaswag,lambada_openai --num-fewshot 0
 python -m gpt.harness runs/quickstart --tasks mine --include-path my_tasks/ --json
 
-It needs lm-eval: pip install 'gpt-trainer[eval]'. A task of lm-eval may bring Python of its own, which lm-eval runs: include
+It needs lm-eval: pip install -e '.[eval]'. A task of lm-eval may bring Python of its own, which lm-eval runs: include
 only directories that you trust. A task's data set is fetched by lm-eval if it is not a file beside it.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # --help and bad flags answer before torch is loaded
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 
-EXTRA = "lm-eval is not installed ({}): pip install 'gpt-trainer[eval]'"
+EXTRA = "lm-eval is not installed ({}): pip install -e '.[eval]'"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

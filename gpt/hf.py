@@ -4,8 +4,8 @@ python -m gpt.hf compare runs/quickstart hub:ORG/NAME --text 'def add(a, b):'
 python -m gpt.hf gguf runs/quickstart model.gguf --dtype bfloat16
 
 A checkpoint is such a directory as it stands, so there is no export; that of an adapter names its base, by path and
-fingerprint, and loads as the two merged. Nothing here downloads, and no file that could run
-code (a pickle) is read.
+fingerprint, and loads as the two merged. Only what `hub:` names is fetched, and no file
+that could run code (a pickle) is read.
 """
 
 import argparse

@@ -28,7 +28,7 @@ from gpt.optim import OptimConfig, Optimizer
 from gpt.ranks import Ranks
 
 LOOK = torch.ops.prim.device.default
-HOLES = 0.4  # on a CPU: glibc's heap, full of small blocks that stay (docs/experiments.md)
+HOLES = 0.4  # on a CPU: glibc's heap, full of small blocks that stay (docs/planning.md)
 SPARE = 0.1  # of the memory, left to what no tensor of ours holds: the GPU's context, kernels' work space, gaps
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # torchao's: elements of the least matrix, and of a block with one scale
 EIGHT_BIT_STEP = 54  # bytes an element of the largest matrix while torchao takes its step (measured)

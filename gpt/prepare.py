@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gpt import chat, config, corpus, durable, growth, scan, signals, workers, workplace
+from gpt import chat, config, corpus, durable, growth, run, scan, signals, workers, workplace
 from gpt import tokenizer as tokenizers
 from gpt.census import Report, census, say, show
 from gpt.encode import Encoder
@@ -104,7 +104,7 @@ def _plan(
 ) -> tuple[Plan, Tokenizer] | None:
     """The plan of the corpus, and its tokenizer, which is stored; None if `out` is up to date."""
     inputs, names = _inputs(settings, out, work, console)
-    imported = Tokenizer.load(Path(settings.tokenizer)) if settings.tokenizer is not None else None
+    imported = Tokenizer.load(run.vocabulary(settings.tokenizer)) if settings.tokenizer is not None else None
     spoken = {item.kind for item in inputs} & {"chat", "pair"}
     if imported is not None and spoken:
         chat.reply_ends(imported)  # it says in words that there is no template, before the text is read

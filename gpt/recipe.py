@@ -35,7 +35,9 @@ Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 class PrepareConfig(Settings):
     """A recipe: what to read, how to split it, which tokenizer."""
 
-    input: Sources = Field(description="what to read: paths, globs, '-', URLs, or sections with path, url or python")
+    input: Sources = Field(
+        description="what to read: paths, globs, '-', URLs, hub:ORG/NAME, or sections with path, url, hub or python"
+    )
     validation: Sources | None = Field(
         None, description="inputs that are the validation split; null: it is cut from `input`"
     )
@@ -61,7 +63,9 @@ class PrepareConfig(Settings):
         "two, from 512 to 65536 (characters: all of them)",
     )
     tokenizer: str | None = Field(
-        None, description="a tokenizer.json, or a data set, checkpoint or run whose tokenizer to use"
+        None,
+        description="a tokenizer.json, .tiktoken or SentencePiece file, a directory with GPT-2's two, or a data set, run "
+        "(RUN@STEP) or model (hub:ORG/NAME) whose tokenizer to use",
     )
     grow: Count | None = Field(
         None,

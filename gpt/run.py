@@ -158,6 +158,16 @@ def resolve(source: str) -> tuple[Path, str]:
     raise ValueError(f"{path} is not a model; expected {KINDS}")
 
 
+def vocabulary(source: str) -> Path:
+    """Where the tokenizer that `source` names stands: a path as it is, or in the model that `resolve` finds (RUN@STEP, hub:...).
+
+    For `Tokenizer.load`, which knows files and directories alone.
+    """
+    path = Path(source.partition("#")[0])
+    named = source.startswith(HUB) or "@" in source
+    return resolve(source)[0] if named and not path.exists() else Path(source)
+
+
 def _refuse_pickles(path: Path) -> None:
     """ValueError for a pickle, or a directory with no other weights."""
     files = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else []

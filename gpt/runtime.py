@@ -1,6 +1,7 @@
 """The machine a run stands on: device, dtype, threads, determinism, and the one source of randomness.
 
-This is the only room that reads the environment. It decides nothing that a setting decides.
+Beside `signals`, which comes before torch, this is the only room that reads the environment. It decides nothing that a setting
+decides.
 """
 
 import ctypes
@@ -170,7 +171,7 @@ def _keep_freed_memory() -> None:
     """What an update frees stays with the process, and the next one finds it there (glibc; elsewhere nothing happens).
 
     By default large tensors go back to the system when they are freed, and come again page by page, each filled with zeros:
-    up to a third of a step (docs/experiments.md).
+    about a quarter of a step (docs/experiments.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

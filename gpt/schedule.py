@@ -39,9 +39,14 @@ class ScheduleConfig(Settings):
         return self
 
 
+def updates(length: float, steps: int) -> float:
+    """A length as settings give it, in updates: below 1 it is a fraction of the run's."""
+    return length * steps if length < 1 else length
+
+
 def factor(config: ScheduleConfig, step: int, steps: int) -> float:
     """The factor in (0, 1] of update `step`, counted from 1; the last update stands one short of where `floor` is reached."""
-    warmup = config.warmup * steps if config.warmup < 1 else config.warmup
+    warmup = updates(config.warmup, steps)
     if step <= warmup:
         return step / max(warmup, 1.0)
     left = steps + 1 - step  # updates until the floor
@@ -66,8 +71,7 @@ def momentum(peak: float, warmup: int, step: int | None) -> float:
 def kept(half_life: float, step: int, steps: int) -> float:
     """How much of itself an average of weights keeps in update `step`, counted from 1: half in `half_life` updates (below 1: a
     fraction of the steps), and less while it has seen few, so that it forgets what weights began as."""
-    updates = half_life * steps if half_life < 1 else half_life
-    return min(0.5 ** (1 / updates), step / (step + 9))
+    return min(0.5 ** (1 / updates(half_life, steps)), step / (step + 9))
 
 
 def due(step: int, every: int | None, steps: int | None = None) -> bool:

@@ -31,7 +31,7 @@ from gpt.plan import Choices, TrainingConfig
 from gpt.ranks import Forward, ParallelConfig, Ranks, Sizes, check_model, check_rows, sizes
 from gpt.resume import Origin
 from gpt.run import ADAPTER, RunDirectory, resolve
-from gpt.schedule import ScheduleConfig
+from gpt.schedule import ScheduleConfig, updates
 from gpt.tokenizer import Tokenizer
 
 RUNS = Path("runs")
@@ -51,7 +51,8 @@ class TrainConfig(Settings):
     name: str = Field(description="the run's directory under runs/; defaults to the file's stem")
     seed: int = Field(1337, description="of the weights, the order of data and dropout")
     init_from: str | None = Field(
-        None, description="run, checkpoint or Hugging Face directory whose weights and tokenizer to start from"
+        None,
+        description="run, checkpoint or Hugging Face model (a directory, hub:ORG/NAME) whose weights and tokenizer to start from",
     )
     branch_from: str | None = Field(
         None,
@@ -493,8 +494,8 @@ def settle(
         fill()
     _report(data, loader, choices.steps, say)
     if (half_life := config.optim.ema) is not None:
-        updates = half_life * choices.steps if half_life < 1 else half_life
-        say(f"weights: an average of them with a half-life of {updates:.0f} updates is evaluated and saved")
+        n = updates(half_life, choices.steps)
+        say(f"weights: an average of them with a half-life of {n:.0f} updates is evaluated and saved")
     return config
 
 

@@ -248,7 +248,7 @@ def test_a_batch_that_is_small_for_muon_is_warned_of_and_the_one_that_it_names_i
     assert not [each for each in warned(tmp_path, "model.d_model=512") if "Muon" in each]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "tang_poems_cpu", "tinyshakespeare_cpu", "seeds/default"])
+@pytest.mark.parametrize("name", ["quickstart", "tang_poems_cpu", "tinyshakespeare_cpu", "papers/default"])
 def test_the_recipes_are_not_warned_of_what_they_were_measured_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

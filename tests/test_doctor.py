@@ -84,7 +84,9 @@ def test_a_loss_that_stays_at_ln_v_is_told_once_with_a_rate_to_try() -> None:
 
 def test_dead_gradients_are_told() -> None:
     (dead,) = followed([3.0] * 100, 0.0)
-    assert dead.about == "dead" and "model.init_std" in dead.text
+    assert dead.about == "dead" and "optim.lr=0.001 " in dead.text and "init_std" not in dead.text
+    (small,) = followed([3.0] * 100, 0.0, "model.init_std=1e-9")
+    assert "model.init_std=0.02 (it is 1e-09)" in small.text
     (nothing,) = followed([0.0] * 100, 0.0)
     assert "no token is a target" in nothing.text
 

@@ -63,7 +63,7 @@ def test_a_file_in_the_table_exists(path: str) -> None:
 
 
 def test_every_room_settings_file_and_recipe_is_in_the_table_once() -> None:
-    patterns = ("*.py", "gpt/*.py", "data/*.py", "configs/*.yaml", "data/*.yaml", "docs/*.md")
+    patterns = ("*.py", "gpt/*.py", "data/*.py", "configs/**/*.yaml", "data/*.yaml", "docs/*.md")
     files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     assert files - {"gpt/__init__.py"} - set(TABLED) == set()
     assert sorted(set(TABLED)) == sorted(TABLED)

@@ -7,7 +7,7 @@ from faults import FAULTS, every_sync_watched, failed, n_operations
 
 from gpt import durable, hub
 from gpt.durable import CorruptError
-from gpt.run import MANIFEST, RunDirectory, best_of, checkpoint_path, resolve, saved_steps, scores_of
+from gpt.run import MANIFEST, RunDirectory, best_of, checkpoint_path, resolve, saved_steps, scores_of, vocabulary
 
 
 @pytest.fixture
@@ -170,6 +170,20 @@ def test_a_source_of_the_hub_is_asked_for_there_unless_a_path_has_its_name(
     Path("hub:org/name/config.json").write_text("{}")
     assert resolve("hub:org/name")[0] == Path("hub:org/name")
     assert asked == ["org/name@main"]
+
+
+def test_a_tokenizer_is_that_of_a_path_or_of_the_model_that_is_named(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "model", lambda name: Path("cache", name))
+    add(run, 10, 20)
+    at = checkpoint_path(run.checkpoints, 10)
+    assert vocabulary("runs/x@10") == at
+    assert vocabulary("hub:org/name@main") == Path("cache/org/name@main")
+    for path in ("runs/x", "data/none", "ranks.tiktoken#cl100k_base"):
+        assert vocabulary(path) == Path(path)
+    Path("a@b").mkdir()
+    assert vocabulary("a@b") == Path("a@b")
 
 
 @pytest.mark.parametrize(

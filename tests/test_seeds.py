@@ -422,7 +422,7 @@ def test_the_sinusoids_base_is_a_setting_of_10000(build: Build) -> None:
         torch.testing.assert_close(code[31].double(), written.sinusoid(31, 32, base), atol=1e-5, rtol=0)
 
 
-# The systems as settings: configs/seeds
+# The systems as settings: configs/papers
 
 
 SYSTEMS = {  # what each must reach on Tiny Shakespeare in two minutes of two CPU cores, bits per byte
@@ -436,14 +436,14 @@ CLAIM = re.compile(r"([\d,]+) parameters at a vocabulary of 1,024")
 
 
 def settings_of(name: str, *overrides: str) -> TrainConfig:
-    return config.load(TrainConfig, ROOT / "configs" / "seeds" / f"{name}.yaml", overrides, {"name": name})
+    return config.load(TrainConfig, ROOT / "configs" / "papers" / f"{name}.yaml", overrides, {"name": name})
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_system_says_its_command_its_hardware_its_result_and_its_size(name: str) -> None:
-    lines = (ROOT / "configs" / "seeds" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "configs" / "papers" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     header = [line.removeprefix("# ") for line in lines if line.startswith("#")]
-    assert header[0].startswith(f"python train.py configs/seeds/{name}.yaml - 2 CPU cores")
+    assert header[0].startswith(f"python train.py configs/papers/{name}.yaml - 2 CPU cores")
     claim, result = CLAIM.search(" ".join(header)), re.search(r"([\d.]+) bits/byte", " ".join(header))
     assert claim and result and float(result[1]) < SYSTEMS[name]
     settings = settings_of(name, "model.vocab_size=1024")
@@ -486,7 +486,7 @@ def test_each_system_learns_in_two_minutes(tmp_path: Path) -> None:
     prepare.prepare(config.load(prepare.PrepareConfig, recipe, [f"input={corpus}"]), out, console=QUIET)
     reached = {}
     for name in SYSTEMS:
-        command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "seeds" / f"{name}.yaml")]
+        command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "papers" / f"{name}.yaml")]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
         lines = list(map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()))
         best = min((line for line in lines if line["kind"] == "eval"), key=lambda line: line["val_bpb"])

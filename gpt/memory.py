@@ -120,19 +120,22 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 class _Fused(torch.autograd.Function):
-    """What a fused attention kernel holds: its inputs, its answer and a sum for each query, never the scores."""
+    """What a fused attention kernel holds: its inputs, its answer and a sum for each query, never the scores.
+
+    torch's kernel for CPUs stands for it, so that what `parallel.DEAR` keeps is kept here too.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: Tally) -> Tensor:
-        answer, ctx.calls = torch.empty_like(q), calls
-        calls.attention(q, k, backward=False)
-        ctx.save_for_backward(q, k, v, answer, q.new_empty(q.shape[:3], dtype=torch.float32))
+        answer, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v)
+        ctx.calls = calls
+        ctx.save_for_backward(q, k, v, answer, sums)
         return answer
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_ = ctx.saved_tensors
-        ctx.calls.attention(q, k, backward=True)
+        ctx.calls.attention(q, k)
         return *map(torch.empty_like, (q, k, v)), None
 
 

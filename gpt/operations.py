@@ -64,13 +64,11 @@ class Tally:
         else:
             self._found[key] = [_op(key, func, told, tree, leaves, made), 1]
 
-    def attention(self, q: Tensor, k: Tensor, *, backward: bool) -> None:
-        """Count a fused kernel of causal attention, which computes about half of all scores."""
+    def attention(self, q: Tensor, k: Tensor) -> None:
+        """Count the backward pass of a fused kernel of causal attention, which computes about half of all scores."""
         spec, keys = _spec(q), _spec(k)
-        key = (FLASH, spec, keys, backward)
-        flops = _attention_flops(spec, keys, backward)
-        moved = (4 if backward else 2) * (spec.n_bytes + keys.n_bytes)
-        self._found.setdefault(key, [Op(key, FLASH, flops, moved), 0])[1] += 1
+        key, flops = (FLASH, spec, keys), _attention_flops(spec, keys, backward=True)
+        self._found.setdefault(key, [Op(key, FLASH, flops, 4 * (spec.n_bytes + keys.n_bytes)), 0])[1] += 1
 
 
 def _spec(leaf: Any) -> Any:

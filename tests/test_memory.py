@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from gpt import adapters, memory, quantize, runtime
+from gpt import adapters, memory, parallel, quantize, runtime
 from gpt.adapters import AdapterConfig
 from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
 from gpt.memory import Need, Setting, at_most, need, needs, parameters, size
@@ -235,6 +237,21 @@ def test_a_fused_kernel_on_a_gpu_keeps_no_scores() -> None:
     assert gpu.activations < cpu.activations
     scores = config.n_layer * 2 * config.n_head * 320 * 320 * 4
     assert cpu.activations - gpu.activations == pytest.approx(scores, rel=0.5)
+
+
+def test_what_is_kept_selectively_on_a_gpu_has_the_answers_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, given = ModelConfig(**SHAPE), setting(device="cuda", checkpointing="selective")
+    kept = need(config, given)
+    stands_in = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    dear = [op for op in parallel.DEAR if op is not stands_in]
+    monkeypatch.setitem(
+        parallel.KEEPING, "selective", {"context_fn": partial(create_selective_checkpoint_contexts, dear)}
+    )
+    memory._passed.cache_clear()
+    dropped = need(config, given)
+    memory._passed.cache_clear()
+    of_heads = given.rows * given.seq_len * config.n_head * (config.d_head + 1) * 4
+    assert kept.activations - dropped.activations == config.n_layer * of_heads
 
 
 def test_a_prefix_lm_keeps_its_scores_on_a_gpu_too() -> None:

@@ -63,9 +63,8 @@ def test_fused_attention_is_counted_as_half_of_all_scores_and_its_gradient_as_fi
     assert (forward.flops, backward.flops) == (2 * scores / 2, 5 * scores / 2)
     told, q = Tally(), torch.ones(B, H, T, D)
     for _ in range(2):
-        told.attention(q, q, backward=False)
-    told.attention(q, q, backward=True)
-    assert sorted((op.flops, n) for op, n in told) == [(forward.flops, 2), (backward.flops, 1)]
+        told.attention(q, q)
+    assert [(op.flops, n) for op, n in told] == [(backward.flops, 2)]
 
 
 def test_traffic_is_what_is_read_and_written_and_a_look_moves_nothing() -> None:
@@ -104,5 +103,5 @@ def test_what_would_take_much_memory_is_not_made_again() -> None:
     op, _ = recorded(lambda: torch.ones(operations.LARGEST // 4 + 1, device="meta").neg())["neg"]
     assert operations.again(op, "cpu") is None
     told, q = Tally(), torch.ones(1, 1, 2, 2)
-    told.attention(q, q, backward=False)
+    told.attention(q, q)
     assert [operations.again(op, "cpu") for op, _ in told] == [None]

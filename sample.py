@@ -293,11 +293,11 @@ def main(argv: list[str]) -> int:
     note(description)
 
     with signals.loading():
-        from gpt import hf, inference, runtime
+        from gpt import hf, host, inference, runtime
 
     device = args.device or runtime.best_device()[0]
     runtime.check_device(device)
-    runtime.setup(device, runtime.n_cores())
+    runtime.setup(device, host.n_cores())
     model, tokenizer = hf.load(path)
     note(f"computed in {inference.ready(model, device)}")
     if args.chat:

@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     from safetensors.torch import save_file
 
-    from gpt import checkpoint, durable, runtime
+    from gpt import checkpoint, durable, host
     from gpt.saving import Writer
 
     given, tensors = content(SMALL if args.quick else SHAPE)
@@ -115,7 +115,7 @@ def main() -> None:
                 theirs.unlink()
     first, waits, behind, peers = waits[0], waits[1:], behind[1:], peers[1:]  # the first makes room for the copy
     wait, peer = statistics.median(waits), statistics.median(peers)
-    print(f"{n_bytes / 1e9:.2f} GB, {runtime.n_cores()} cores\n{'':34}{'median s':>10}{'fastest':>10}{'slowest':>10}")
+    print(f"{n_bytes / 1e9:.2f} GB, {host.n_cores()} cores\n{'':34}{'median s':>10}{'fastest':>10}{'slowest':>10}")
     for name, times in (("wait, ours", waits), ("behind, ours", behind), ("save_file and sync", peers)):
         print(f"{name:34}{statistics.median(times):10.3f}{min(times):10.3f}{max(times):10.3f}")
     print(

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gpt import inference, probe, runtime
+from gpt import host, inference, probe, runtime
 from gpt.generate import Sampling, generate
 from gpt.model import GPT, ModelConfig, init_weights
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two pairs and few tokens: within a minute")
     parser.add_argument("--pairs", type=int, help="rounds of both sides in turn (5; --quick: 2)")
-    parser.add_argument("--threads", type=int, default=runtime.n_cores(), help="threads of both sides (all cores)")
+    parser.add_argument("--threads", type=int, default=host.n_cores(), help="threads of both sides (all cores)")
     parser.add_argument("--kv-heads", type=int, default=HEADS, help="key/value heads (12)")
     args = parser.parse_args()
     pairs = args.pairs or (2 if args.quick else 5)

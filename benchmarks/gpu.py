@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from gpt import parallel, plan, runtime, trainer  # noqa: E402
+from gpt import host, parallel, plan, runtime, trainer  # noqa: E402
 from gpt.data import Batch  # noqa: E402
 from gpt.generate import Sampling, generate  # noqa: E402
 from gpt.judge import LossScale  # noqa: E402
@@ -507,7 +507,7 @@ def main() -> None:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--first-update", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    runtime.setup(DEVICE, 2 if not CUDA else runtime.n_cores())
+    runtime.setup(DEVICE, 2 if not CUDA else host.n_cores())
     if args.first_update:
         return first_update()
     if args.section:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt import durable, runtime  # noqa: E402
+from gpt import durable, host, runtime  # noqa: E402
 from gpt.data import Batch, Data, DataConfig, Loader, Part, prefetched  # noqa: E402
 from gpt.shards import Document, TokenSet, write_manifest, write_shard  # noqa: E402
 
@@ -185,11 +185,11 @@ def waiting(tokens: TokenSet, rows: int, seq_len: int, seconds: float) -> dict[s
 
 def held(directory: Path, n_batches: int) -> None:
     """Make batches of the set in `directory` and print resident MB: before it is opened, afterwards, and the most."""
-    before = runtime.resident_bytes()
+    before = host.resident_bytes()
     tokens = TokenSet(directory / "set", "train")
     made = ours(loader(tokens, 16, 256))
     next(made)
-    opened = runtime.resident_bytes()
+    opened = host.resident_bytes()
     for _ in itertools.islice(made, n_batches):
         pass
     print(json.dumps([before, opened, runtime.peak_memory_bytes("cpu")]))

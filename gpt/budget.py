@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
-from gpt import division, hf, machines, memory, page, plan, probe, runtime, settle, speed, tensors, ways
+from gpt import division, hf, host, machines, memory, page, plan, probe, runtime, settle, speed, tensors, ways
 from gpt.data import Data, Loader, open_data
 from gpt.division import Divided
 from gpt.evaluate import evaluated, learned, views
@@ -151,7 +151,7 @@ def facts(config: TrainConfig, size: int | None = None, card: str | None = None,
     shape, source = _shape(config)
     if config.data.seq_len > (shape.max_seq_len or 0):
         raise ValueError(f"data.seq_len ({config.data.seq_len}) exceeds the model's context ({shape.max_seq_len})")
-    held = runtime.resident_bytes()  # by what a run imports too; the plan's own means come after
+    held = host.resident_bytes()  # by what a run imports too; the plan's own means come after
     model = memory.bare(shape, config.adapter)
     target = _target(config, model, held, size, card, devices)
     counts = memory.parameters(shape, settle.setting(config, target.device, target.dtype))

@@ -53,7 +53,7 @@ import torch  # noqa: E402
 from pydantic import Field  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from gpt import durable, runtime, slices, tensors  # noqa: E402
+from gpt import durable, host, slices, tensors  # noqa: E402
 from gpt.config import Count, Settings  # noqa: E402
 from gpt.durable import CorruptError  # noqa: E402
 from gpt.hub import INDEX, WEIGHTS  # noqa: E402
@@ -293,7 +293,7 @@ def _numbered(pattern: re.Pattern[str], files: Iterable[str], first: int) -> set
 
 def _check_files(path: Path, files: Mapping[str, str]) -> None:
     """CorruptError naming the first of `files` whose sha256 is another; by all cores, the largest files first."""
-    with ThreadPoolExecutor(runtime.n_cores()) as pool:
+    with ThreadPoolExecutor(host.n_cores()) as pool:
         largest = sorted(files, key=lambda name: -(path / name).stat().st_size)
         sums = dict(zip(largest, pool.map(durable.sha256_file, (path / name for name in largest)), strict=True))
     for name, sha256 in files.items():

@@ -10,7 +10,6 @@ faster still; what it says is checked against the table's ids.
 import importlib.metadata
 import json
 import re
-import resource
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gpt import host
 from gpt.shards import token_dtype
 from gpt.tokenizer import CHARACTERS, DEEPSEEK_V3, HAN_AND_KANA, WORDS, Tokenizer
 from gpt.vocabularies import CL100K, O200K, QWEN
@@ -449,7 +449,7 @@ class _Gigatoken:
         self._lengths[list(tokenizer.control_ids)] = -1 << 30  # whose presence shows in any sum
         self.version = importlib.metadata.version("gigatoken")
         self._backend: Any = self._load(self._json)
-        self._n_encoded, self._grown = 0, _memory()
+        self._n_encoded, self._grown = 0, host.resident_bytes()
         for text, ids in zip(AWKWARD, self._encode(AWKWARD)[0], strict=True):
             if not np.array_equal(ids, tokenizer.encode(text)):
                 raise ValueError(f"it has other ids for {text[:40]!r}")
@@ -488,20 +488,11 @@ class _Gigatoken:
     def _renew(self, n_characters: int) -> None:
         """Begin with an empty cache once it has grown large."""
         self._n_encoded += n_characters
-        memory = _memory()
+        memory = host.resident_bytes()
         grown = memory - self._grown > FULL_BYTES and self._n_encoded > FULL_TEXT // 16
         if grown or (not memory and self._n_encoded > FULL_TEXT):
             del self._backend  # before there is another
-            self._backend, self._n_encoded, self._grown = self._load(self._json), 0, _memory()
-
-
-def _memory() -> int:
-    """Bytes that this process holds now; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
+            self._backend, self._n_encoded, self._grown = self._load(self._json), 0, host.resident_bytes()
 
 
 class Encoder:

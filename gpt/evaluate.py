@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     with signals.loading():
         from rich.console import Console
 
-        from gpt import evaluate, page, run, runtime, tasks, texts
+        from gpt import evaluate, host, page, run, runtime, tasks, texts
 
     notes = Console(stderr=True)
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     how = tasks.Asking(args.batch_tokens, args.chat, stops, args.max_tokens)
     device = args.device or runtime.best_device()[0]
     runtime.check_device(device)
-    runtime.setup(device, runtime.n_cores())
+    runtime.setup(device, host.n_cores())
     reports: list[evaluate.Report] = []
     cut: dict[str, list[texts.TextSet]] = {}
     for source, path, described in models:

@@ -51,13 +51,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     with signals.loading():
-        from gpt import harness, hf, run, runtime
+        from gpt import harness, hf, host, run, runtime
 
     path, described = run.resolve(args.source)
     sys.stderr.write(described + "\n")
     device = args.device or runtime.best_device()[0]
     runtime.check_device(device)
-    runtime.setup(device, runtime.n_cores())
+    runtime.setup(device, host.n_cores())
     model, tokenizer = hf.load(path)
     rules = harness.conventions(path, tokenizer, args.start_token)
     adapter = harness.language_model(model.to(device), tokenizer, rules, args.batch_tokens)

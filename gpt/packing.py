@@ -50,7 +50,6 @@ class Plan:
 
     seq_len: int
     n_tokens: int
-    n_long: int  # documents longer than a row, which fill rows and leave a rest
     n_cut: int  # cuts made only to fill a gap
     row_bounds: np.ndarray  # (P + 1,) where the rows of each pattern begin
     slot_bounds: np.ndarray  # (P + 1,) where the slots of each pattern begin
@@ -59,8 +58,8 @@ class Plan:
     slot_stride: np.ndarray  # (S,) how many the next row is further
     piece_bounds: np.ndarray  # (seq_len + 1,) where the pieces of each length below seq_len begin, and the end
     piece_starts: np.ndarray  # (n_pieces,) their first tokens, by length
-    full_bounds: np.ndarray  # (n_long + 1,) how many full rows the long documents before have
-    full_starts: np.ndarray  # (n_long,) where long documents begin
+    full_bounds: np.ndarray  # (n_long + 1,) how many full rows those before have, of the documents that fill one
+    full_starts: np.ndarray  # (n_long,) where such documents begin
 
     @property
     def n_rows(self) -> int:
@@ -120,7 +119,6 @@ def plan(starts: np.ndarray, lengths: np.ndarray, seq_len: int, *, cut: bool = T
     return Plan(
         seq_len=seq_len,
         n_tokens=int(lengths.sum()),
-        n_long=int((lengths > seq_len).sum()),
         n_cut=sum(n for _, _, n in cuts),
         row_bounds=row_bounds,
         slot_bounds=slot_bounds,

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from gpt import machines, runtime, signals
+from gpt import host, machines, runtime, signals
 from gpt.config import Count, Duration, Settings
 from gpt.model import GPT
 
@@ -106,7 +106,7 @@ def machine(config: TrainingConfig) -> tuple[str, str, int, str]:
 
 def share_of_cores() -> int:
     """Cores of this machine for each of the run's processes on it."""
-    return max(1, runtime.n_cores() // runtime.local_world_size())
+    return max(1, host.n_cores() // runtime.local_world_size())
 
 
 def threads_for(model: GPT, tokens: int, seq_len: int, threads: int) -> int:

@@ -7,7 +7,6 @@ split. Finished chunks stand in a working directory beside the output until all 
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gpt import chat, config, corpus, durable, growth, run, scan, signals, workers, workplace
+from gpt import chat, config, corpus, durable, growth, host, run, scan, signals, workers, workplace
 from gpt import tokenizer as tokenizers
 from gpt.census import Report, census, say, show
 from gpt.encode import Encoder
@@ -365,7 +364,7 @@ def _bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
 def _encode(plan: Plan, numbers: Sequence[int], tokenizer: Tokenizer, n_workers: int | None, console: Console) -> None:
     with Meter(console, "encoding", sum(plan.job.chunks[number].n_bytes for number in numbers)) as meter:
         try:
-            workers.encode(plan.job, numbers, tokenizer, n_workers or _n_cores(), meter)
+            workers.encode(plan.job, numbers, tokenizer, n_workers or host.n_cores(), meter)
         except Changed:
             (plan.job.work / "pass.json").unlink(missing_ok=True)  # so that the next command reads everything again
             raise
@@ -457,7 +456,3 @@ def _check_totals(plan: Plan, made: Sequence[workers.Made], spoken: workers.Spok
     if not n_starts:
         return f"in = out: {same}"
     return f"in = out: {same} (with a start token for each of {n_starts:,} documents{' and tails' if cut else ''})"
-
-
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

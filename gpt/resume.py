@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from gpt import config as settings
-from gpt import plan, runtime
+from gpt import host, plan, runtime
 from gpt.checkpoint import ALONE, OPTIMIZER, SETTINGS, load_state, verify
 from gpt.config import Settings
 from gpt.data import Loader
@@ -357,9 +357,9 @@ def _machine(config: Config) -> Iterator[str]:
     facts = ((choices.torch, runtime.torch_version()), (choices.cpu, runtime.cpu_kind()))
     changed = [f"{was} -> {now}" for was, now in facts if was != now]
     if now < choices.threads:
-        changed.append(f"{now} threads a rank instead of {choices.threads}, of {runtime.n_cores()} cores")
-    elif now > runtime.n_cores():
-        changed.append(f"{now} threads as before, on {runtime.n_cores()} cores")
+        changed.append(f"{now} threads a rank instead of {choices.threads}, of {host.n_cores()} cores")
+    elif now > host.n_cores():
+        changed.append(f"{now} threads as before, on {host.n_cores()} cores")
     if changed:
         yield f"  machine: {'; '.join(changed)}: the run goes on, its bits may differ"
     else:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from gpt import host
+
 # mallopt(3): no mappings for large blocks; the heap never shrinks, and grows by this much at once.
 MALLOC = {-4: 0, -1: -1, -2: 64 << 20}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,18 +62,13 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
 
 
-def n_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def best_device() -> tuple[str, str]:
     """The fastest device here and its name for people."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
         return "mps", "Apple GPU"
-    return "cpu", f"{n_cores()} cores"
+    return "cpu", f"{host.n_cores()} cores"
 
 
 def check_device(device: str) -> None:
@@ -241,14 +238,6 @@ def peak_memory_bytes(device: str) -> int:
     except (OSError, KeyError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
 
 
 def free_memory_bytes(device: str) -> int:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from teams import blocks, load_weights, on_all
 from torch import Tensor
 
-from gpt import checkpoint, durable, hub, runtime
+from gpt import checkpoint, durable, host, hub
 from gpt.checkpoint import DTYPES, Checkpoints, load_optimizer, load_state, save, serialize, verify
 from gpt.durable import CorruptError
 from gpt.slices import Slice
@@ -447,7 +447,7 @@ def test_files_are_hashed_by_all_cores_at_once(tmp_path: Path, monkeypatch: pyte
         together.wait()  # broken unless three files are being hashed
         return real(file)
 
-    monkeypatch.setattr(runtime, "n_cores", lambda: 3)
+    monkeypatch.setattr(host, "n_cores", lambda: 3)
     monkeypatch.setattr(durable, "sha256_file", met)
     assert len(list(path.iterdir())) == 10, "nine and the manifest"
     verify(path)

@@ -350,7 +350,7 @@ def test_every_text_counts_its_bytes_and_some_are_compared(imitate):
 
 def test_gigatoken_is_loaded_anew_when_its_cache_has_grown(imitate, monkeypatch):
     imitation = imitate()
-    monkeypatch.setattr(encode, "_memory", lambda: 0)
+    monkeypatch.setattr(encode.host, "resident_bytes", lambda: 0)
     monkeypatch.setattr(encode, "FULL_TEXT", 100)
     fresh = Encoder(tokenizer("bpe"))
     for _ in range(6):

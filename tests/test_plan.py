@@ -8,7 +8,7 @@ import torch
 from conftest import Build
 from pydantic import ValidationError
 
-from gpt import adapters, plan, quantize, runtime
+from gpt import adapters, host, plan, quantize, runtime
 from gpt.adapters import AdapterConfig
 from gpt.model import GPT, ModelConfig
 from gpt.plan import Choices, TrainingConfig, choose
@@ -241,7 +241,7 @@ def test_an_automatic_micro_batch_is_the_largest_divisor_that_fits() -> None:
 
 def test_the_machine_is_chosen_with_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "best_device", lambda: ("cpu", "2 cores"))
-    monkeypatch.setattr(runtime, "n_cores", lambda: 2)
+    monkeypatch.setattr(host, "n_cores", lambda: 2)
     monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx512_bf16"})
     assert plan.machine(TrainingConfig(steps=1)) == (
         "cpu",

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tiny import settings, trained, weights
 
-from gpt import config, plan, resume, runtime, settle, signals, trainer
+from gpt import config, host, plan, resume, runtime, settle, signals, trainer
 from gpt.trainer import TrainConfig, train
 
 
@@ -209,7 +209,7 @@ def test_another_machine_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     was = runtime.torch_version()
     monkeypatch.setattr(runtime, "torch_version", lambda: "9.9")
     monkeypatch.setattr(runtime, "cpu_kind", lambda: "abacus")
-    monkeypatch.setattr(runtime, "n_cores", lambda: 1)
+    monkeypatch.setattr(host, "n_cores", lambda: 1)
     text = trained("train.threads=2")
     assert f"machine: {was} -> 9.9; " in text and "-> abacus; 2 threads as before, on 1 cores" in text
     assert "its bits may differ" in text
@@ -219,8 +219,8 @@ def test_another_machine_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_more_ranks_take_fewer_threads_each_unless_a_number_was_asked_for(
     here: Path, monkeypatch: pytest.MonkeyPatch, asked: str, threads: int
 ) -> None:
-    for name, number in (("n_cores", 4), ("world_size", 2), ("local_world_size", 2)):
-        monkeypatch.setattr(runtime, name, lambda number=number: number)
+    for room, name, number in ((host, "n_cores", 4), (runtime, "world_size", 2), (runtime, "local_world_size", 2)):
+        monkeypatch.setattr(room, name, lambda number=number: number)
     choices = plan.Choices(
         device="cpu", dtype="float32", compile=False, micro_batch=4, threads=4, steps=12, data="", torch="", cpu=""
     )

@@ -1,7 +1,6 @@
 """The machine: one source of randomness, and choices of device and dtype that say why."""
 
 import ctypes
-import mmap
 import os
 import re
 import resource
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import deterministic
 
-from gpt import runtime
+from gpt import host, runtime
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch: p
 def test_without_an_accelerator_the_cpu_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert runtime.best_device() == ("cpu", f"{runtime.n_cores()} cores")
+    assert runtime.best_device() == ("cpu", f"{host.n_cores()} cores")
 
 
 @pytest.mark.parametrize(
@@ -193,10 +192,3 @@ def test_the_end_of_a_job_is_what_slurm_says_if_it_says_so(monkeypatch: pytest.M
     assert runtime.job_ends_at() == 1790000000.0
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
     assert runtime.job_ends_at() is None
-
-
-def test_what_a_process_holds_is_what_it_took() -> None:
-    n_bytes, before = 64 << 20, runtime.resident_bytes()
-    with mmap.mmap(-1, n_bytes) as held:  # new memory, whatever the heap still has
-        held.write(b"1" * n_bytes)
-        assert 0.9 * n_bytes < runtime.resident_bytes() - before < 2.5 * n_bytes

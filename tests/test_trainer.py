@@ -17,7 +17,7 @@ from rich.console import Console
 from teams import load_weights
 from tiny import weights
 
-from gpt import config, judge, prepare, runtime, saving, settle, signals, trainer
+from gpt import config, host, judge, prepare, saving, settle, signals, trainer
 from gpt.model import GPT
 from gpt.ranks import Sizes
 from gpt.run import RunDirectory
@@ -545,7 +545,7 @@ def test_ranks_say_how_they_share_the_work_and_that_none_can_sample(n: Sizes, sa
 def test_a_small_model_s_run_goes_on_with_the_one_thread_that_it_chose(
     grammar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "n_cores", lambda: 2)
+    monkeypatch.setattr(host, "n_cores", lambda: 2)
     before, console = torch.get_num_threads(), Console(record=True, file=io.StringIO())
     try:
         for updates in (2, None):

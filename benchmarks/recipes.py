@@ -38,6 +38,11 @@ CHANGES: dict[str, list[str]] = {
         "optim.weight_decay=0.4",
         "optim.scheduled_decay=true",
     ],
+    "dropout 0.2 and weight decay 0.4, falling": [
+        "model.dropout=0.2",
+        "optim.weight_decay=0.4",
+        "optim.scheduled_decay=true",
+    ],
     "cautious decay": ["optim.cautious=true"],
     "momentum from 0.85": ["optim.momentum_warmup=300"],
     "average of the weights": ["optim.ema=0.02"],

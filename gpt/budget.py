@@ -96,12 +96,16 @@ class Facts:
         return settle.aside_s(self.config, self.evaluated, self._saved, self.way.update_s)
 
     @cached_property
+    def once_s(self) -> float:
+        """Seconds of the evaluations and the save that are due whatever the steps."""
+        return settle.once_s(self.config, self.evaluated, self._saved, self.way.update_s)
+
+    @cached_property
     def steps(self) -> int | None:
         budget_s = self.config.train.time
         if budget_s is None or self.target.rates is None:
             return plan.fixed_steps(self.config.train)
-        once_s = settle.once_s(self.config, self.evaluated, self._saved, self.way.update_s)
-        return max(1, int((budget_s - once_s) / (self.way.update_s + self.aside_s)))
+        return max(1, int((budget_s - self.once_s) / (self.way.update_s + self.aside_s)))
 
     @cached_property
     def epochs(self) -> list[tuple[str, float]]:
@@ -364,8 +368,8 @@ def _time(facts: Facts) -> Iterator[tuple[str, str]]:
         f"{way.update_s:.3g} s, {thousands(tokens / way.update_s)} tokens/s, {share:.0%} of the large products",
     )
     if (steps := facts.steps) is not None:
-        aside = facts.aside_s / (way.update_s + facts.aside_s)
-        seconds = steps * (way.update_s + facts.aside_s)
+        seconds = steps * (way.update_s + facts.aside_s) + facts.once_s
+        aside = 1 - steps * way.update_s / seconds
         yield "the run", f"{duration(seconds)} ({seconds / 3600:,.2f} hours), of it evaluations and saves {aside:.0%}"
 
 
@@ -399,7 +403,11 @@ def _warnings(facts: Facts) -> Iterator[str]:
                 f"{name} is read {times:.1f} times; past {settle.REPEATS} repetition teaches much less than new text: add some, "
                 "or lower its share or the steps"
             )
-    if data is not None and (n_targets := learned(views(data), config.eval.tokens)) < FEW_TARGETS:
+    if (
+        data is not None
+        and not config.objective.of_pairs
+        and (n_targets := learned(views(data), config.eval.tokens)) < FEW_TARGETS
+    ):
         yield (
             f"an evaluation is a mean over {n_targets:,} tokens; below {FEW_TARGETS:,} chance moves val_loss by more than most "
             "settings do: prepare with a larger val_fraction, or raise eval.tokens"
@@ -416,7 +424,8 @@ def _warnings(facts: Facts) -> Iterator[str]:
     if facts.target.rates is not None and facts.aside_s > ASIDE * (facts.way.update_s + facts.aside_s):
         aside = facts.aside_s / (facts.way.update_s + facts.aside_s)
         yield f"evaluations and saves take {aside:.0%} of the time: raise eval.every or checkpoint.every, or set eval.tokens"
-    if facts.target.machine is None and (needed := (config.checkpoint.keep + 2) * facts.checkpoint_bytes) > (
+    is_here = facts.target.machine is None and facts.target.rates is not None
+    if is_here and (needed := (config.checkpoint.keep + 2) * facts.checkpoint_bytes) > (
         free := shutil.disk_usage(_nearest(RUNS)).free
     ):
         yield f"checkpoints take {needed / GB:.1f} GB, and {free / GB:.1f} GB are free: lower checkpoint.keep, or make room"

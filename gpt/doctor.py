@@ -292,8 +292,8 @@ class Doctor:
         text = (
             f"validation rose {WORSE_EVALS} times in a row, to {scores[last[-1]]:.4f} from {scores[best]:.4f} at step {best}, "
             f"while the training loss fell\nlikely: {why}; the checkpoint of step {best} is kept if there is one\n"
-            f"set: train.patience={WORSE_EVALS} (it stops by itself), model.dropout={dropout:.1f}"
-            f"{', or add text' if repeated else ''} (dropout: {_by('model.dropout')})"
+            f"set: train.patience={WORSE_EVALS} (it stops by itself; --allow train.patience), model.dropout={dropout:.1f} "
+            f"({_by('model.dropout')}){', or add text' if repeated else ''}"
         )
         return self._told(step, "overfitting", text)
 

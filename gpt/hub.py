@@ -203,6 +203,15 @@ def model(name: str) -> Path:
 
     What is there already is not fetched again; without a network it is enough. ValueError in words.
     """
+    return _snapshot(name, weights=True)
+
+
+def vocabulary(name: str) -> Path:
+    """The same, without the weights, which need not be there: what a tokenizer is made of."""
+    return _snapshot(name, weights=False)
+
+
+def _snapshot(name: str, *, weights: bool) -> Path:
     repository, revision = parse(name)
     with _in_words(name, "model"):
         try:
@@ -214,7 +223,10 @@ def model(name: str) -> Path:
                 return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
             raise
         names = {sibling.rfilename for sibling in info.siblings or ()}
-        if "config.json" not in names or not names & {WEIGHTS, INDEX}:
+        ranks = sorted(file for file in names if "/" not in file and file.endswith(".tiktoken"))
+        if not weights and not ranks and not names & {*VOCABULARIES}:
+            raise ValueError(f"{name}: it has no tokenizer ({', '.join(VOCABULARIES)}); it has {_shown(sorted(names))}")
+        if weights and ("config.json" not in names or not names & {WEIGHTS, INDEX}):
             lacks = f"{WEIGHTS} (or its index)" if "config.json" in names else "config.json"
             raise ValueError(
                 f"{name}: it has no {lacks}, and weights in other forms are not fetched: a pickle can run code when it is"
@@ -225,16 +237,14 @@ def model(name: str) -> Path:
             signals.check()
             return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
 
-        directory = fetch(
-            "config.json", revision
-        ).parent  # by the name that was given, so that it is known offline, too
+        of_words = VOCABULARIES[:1] if VOCABULARIES[0] in names else VOCABULARIES
+        files = [file for file in ("config.json", *BESIDE, *of_words, *ranks) if file in names]
+        directory = fetch(files[0], revision).parent  # by the name that was given, so that it is known offline, too
         fixed = directory.name
-
-        vocabulary = VOCABULARIES[:1] if VOCABULARIES[0] in names else VOCABULARIES
-        ranks = sorted(file for file in names if "/" not in file and file.endswith(".tiktoken"))
-        for file in (*BESIDE, *vocabulary, *ranks):
-            if file in names:
-                fetch(file, fixed)
+        for file in files[1:]:
+            fetch(file, fixed)
+        if not weights:
+            return directory
         for file in [WEIGHTS] if WEIGHTS in names else _indexed(name, fetch(INDEX, fixed), names):
             fetch(file, fixed)
         return directory

@@ -85,7 +85,9 @@ class Choices(Settings):
         "any", description="torch's fused attention kernel that is tried first; any: in torch's own order"
     )
     reference: str | None = Field(None, description="fingerprint of the weights that answers are compared with")
-    fallbacks: tuple[str, ...] = Field((), description="settings of train that could not be had as they were asked for")
+    fallbacks: dict[str, bool | int] = Field(
+        default_factory=dict, description="settings of train that could not be had, as they were asked for"
+    )
     torch: str = Field(description="version of torch")
     cpu: str = Field(description="kind of CPU")
 
@@ -160,6 +162,7 @@ def choose(
     if config.compile == "auto" and device == "cpu":
         if not timed:
             rows, eager_s = fitting(measure, rows, False, note)
+        fitted = rows
         expected = config.time or eager_s * (fixed_steps(config) or 0)
         compiled = expected > COMPILE_PAYS_AFTER_S and missing is None
         why = missing or f"about {expected:.0f} s of training {'repay' if compiled else 'do not repay'} compiling"
@@ -177,7 +180,7 @@ def choose(
             compiled, seconds = False, 0.0
         if 0 < eager_s < seconds:
             note(f"compile: no, running eagerly (an update takes {seconds:.3g} s compiled, {eager_s:.3g} s as it is)")
-            compiled = False
+            compiled, rows = False, fitted
     if not compiled and (timed or seconds):  # what was made for a compiled update is not kept for the others
         rows, seconds = fitting(measure, rows, False, note)
     steps = fixed_steps(config) or 1
@@ -187,7 +190,7 @@ def choose(
         note(f"budget: {config.time:.0f} s are {steps} steps at {1000 * seconds:.0f} ms")
     settled = {"compile": compiled, "micro_batch": rows}
     return Choices(
-        fallbacks=tuple(name for name, value in settled.items() if getattr(config, name) not in ("auto", value)),
+        fallbacks={n: asked for n, value in settled.items() if (asked := getattr(config, n)) not in ("auto", value)},
         device=device,
         dtype=dtype,
         compile=compiled,

@@ -111,7 +111,7 @@ def _legs(given: TrainConfig) -> TrainConfig:
         choices = settings.load(TrainConfig, own).choices
     if choices is not None:  # what this command asks for goes before what the run chose
         asked = {name: getattr(given.train, name) for name in resume.CHOSEN} | {"steps": plan.fixed_steps(given.train)}
-        wanted = {name: value for name, value in asked.items() if name not in choices.fallbacks}
+        wanted = {name: value for name, value in asked.items() if choices.fallbacks.get(name) != value}
         choices = choices.model_copy(update={n: value for n, value in wanted.items() if value not in (None, "auto")})
     return given.model_copy(update=quiet | {"choices": choices})
 

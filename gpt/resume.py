@@ -192,7 +192,7 @@ def continued(stored: Config, asked: Config, origin: Origin, allow: Sequence[str
             f"{where} was started with other settings:\n" + "\n".join(rows) + "\n"
             f"continue it with its own settings, {may}or start another run: name=NEW, or --fresh (as {fresh})"
         )
-    return _moved(stored, asked, _changes(stored, asked, origin.step), origin)
+    return _moved(stored, asked, _changes(stored, asked, origin.step), origin, allow)
 
 
 def branched(trunk: Config, asked: Config, origin: Origin) -> Config:
@@ -231,14 +231,19 @@ def _changes(was: Config, now: Config, step: int) -> tuple[Change, ...]:
     return tuple(Change(step=step, key=key, was=old, now=new) for key, old, new in bits)
 
 
-def _moved(was: Config, now: Config, changes: Sequence[Change], origin: Origin) -> Config:
-    """`now` with the history and the choices of `was`, and in both what changed."""
+def _moved(was: Config, now: Config, changes: Sequence[Change], origin: Origin, allow: Sequence[str] = ()) -> Config:
+    """`now` with the history and the choices of `was`, and in both what changed; what could not be had as asked is tried
+    again where `allow` names it."""
     choices: Choices | None = was.choices
     if choices is not None:
-        failed = {name for name in choices.fallbacks if getattr(now.train, name) == getattr(was.train, name)}
+        failed = {
+            name: value
+            for name, value in choices.fallbacks.items()
+            if getattr(now.train, name) == value and not _within(f"train.{name}", allow)
+        }
         asked = {name: getattr(now.train, name) for name in CHOSEN if name not in failed}
         update: dict[str, Any] = {name: value for name, value in asked.items() if value != "auto"}
-        update["fallbacks"] = tuple(name for name in choices.fallbacks if name in failed)
+        update["fallbacks"] = failed
         if not str(update.get("device", choices.device)).startswith("cuda"):  # whose kernels these are
             update |= {"attention": "dense", "fused": "any"}
         if any(change.key in BUDGET for change in changes):
@@ -301,6 +306,9 @@ def told(was: Config, config: Config, origin: Origin, loader: Loader) -> Iterato
         rows, dealt = was.choices.micro_batch, config.choices.micro_batch
         if rows != dealt:  # nobody asked for it
             yield f"  ranks: {dealt} rows a pass instead of {rows}, so that they share a batch equally; its bits may differ"
+    for name, asked in config.choices.fallbacks.items():
+        had = getattr(config.choices, name)
+        yield f"  train.{name}: {_shown(had)}, since {_shown(asked)} could not be had; to try again: --allow train.{name}"
     yield from _machine(config)
     if step >= steps:
         yield f"  all {steps:,} steps are made; more: train.steps=N --allow train.steps"

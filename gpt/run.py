@@ -159,13 +159,13 @@ def resolve(source: str) -> tuple[Path, str]:
 
 
 def vocabulary(source: str) -> Path:
-    """Where the tokenizer that `source` names stands: a path as it is, or in the model that `resolve` finds (RUN@STEP, hub:...).
-
-    For `Tokenizer.load`, which knows files and directories alone.
-    """
-    path = Path(source.partition("#")[0])
-    named = source.startswith(HUB) or "@" in source
-    return resolve(source)[0] if named and not path.exists() else Path(source)
+    """Where the tokenizer that `source` names stands, for `Tokenizer.load`: a path as it is, RUN@STEP as `resolve` means it, or
+    what is fetched of hub:ORG/NAME[@REVISION], without its weights."""
+    if Path(source.partition("#")[0]).exists():
+        return Path(source)
+    if source.startswith(HUB):
+        return hub.vocabulary(source.removeprefix(HUB))
+    return resolve(source)[0] if "@" in source else Path(source)
 
 
 def _refuse_pickles(path: Path) -> None:

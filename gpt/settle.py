@@ -246,7 +246,7 @@ def _check_choices(config: TrainConfig, choices: Choices, data: Data) -> None:
     asked = {name: getattr(train, name) for name in resume.CHOSEN}
     asked["steps"] = plan.fixed_steps(train)
     for name, value in asked.items():
-        if value not in (None, "auto", getattr(choices, name)) and name not in choices.fallbacks:
+        if value not in (None, "auto", getattr(choices, name), choices.fallbacks.get(name)):
             raise ValueError(
                 f"train.{name} asks for {value}, the choices in the settings say {getattr(choices, name)}; "
                 f"choices=null makes them anew"

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,10 +263,32 @@ def test_a_disk_that_is_too_small_is_warned_of_whatever_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    for device in ("cpu", "cuda:7"):
-        found = notes(tmp_path, SMALL, f"train.device={device}", size=12_000_000_000)
-        assert [each for each in found if "GB are free: lower checkpoint.keep" in each]
+    (tmp_path / "x.yaml").write_text(SMALL)
+    found = budget.facts(load(TrainConfig, tmp_path / "x.yaml", ["train.device=cpu"], {}))
+
+    def told(found: budget.Facts) -> list[str]:
+        return [each for each in budget._warnings(found) if "GB are free: lower checkpoint.keep" in each]
+
+    assert told(found) and told(replace(found, target=replace(found.target, device="cuda")))
+    assert not told(replace(found, target=replace(found.target, device="cuda", rates=None))), "a GPU that is not here"
     assert not [each for each in warned(tmp_path) if "GB are free" in each], "another machine has another disk"
+
+
+def test_a_budget_of_time_counts_the_last_evaluation_and_the_first_of_tuning(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(SMALL)
+    config = load(TrainConfig, tmp_path / "x.yaml", [], {})
+    tuned = config.model_copy(update={"init_from": "runs/y"})
+    batch = config.train.batch_tokens
+    save = plan.save_s(1000)
+    assert settle.once_s(config, 30 * batch, 1000, 0.5) == pytest.approx(5 + save)
+    assert settle.once_s(tuned, 30 * batch, 1000, 0.5) == pytest.approx(10 + save)
+    timed = ["train.steps=null", "train.time=1000s", "eval.every=1000000000000", "checkpoint.every=1000000000000"]
+    card = {"card": "h100"}
+    few, many = (budget.facts(load(TrainConfig, tmp_path / "x.yaml", timed, {}), **card) for _ in range(2))
+    vars(many)["evaluated"] = 3 * int(500 / many.way.update_s) * batch
+    assert many.once_s == pytest.approx(500, rel=0.01) and many.steps == pytest.approx(few.steps / 2, rel=0.01)
+    (hours,) = (cell[1] for cell in budget._time(many) if cell[0] == "the run")
+    assert hours.startswith("16:40")
 
 
 def test_repetition_and_little_validation_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

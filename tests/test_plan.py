@@ -120,12 +120,12 @@ def test_the_record_holds_what_was_given_and_what_repeats_a_run() -> None:
 
 
 def test_what_could_not_be_had_as_asked_is_recorded() -> None:
-    assert Machine().choose(rows=4, steps=3, compile=True, micro_batch=4).fallbacks == ()
+    assert Machine().choose(rows=4, steps=3, compile=True, micro_batch=4).fallbacks == {}
     small = Machine(compile_error=RuntimeError("g++"), most_rows=2)
     asked = {"steps": 3, "compile": True, "micro_batch": 4}
-    assert small.choose(rows=4, **asked).fallbacks == ("compile",), "nothing eager was measured"
-    assert Machine(most_rows=2).choose(rows=4, **asked).fallbacks == ("micro_batch",)
-    assert Machine(most_rows=2).choose(rows=4, steps=3, compile=True).fallbacks == (), "what was left open"
+    assert small.choose(rows=4, **asked).fallbacks == {"compile": True}, "nothing eager was measured"
+    assert Machine(most_rows=2).choose(rows=4, **asked).fallbacks == {"micro_batch": 4}
+    assert Machine(most_rows=2).choose(rows=4, steps=3, compile=True).fallbacks == {}, "what was left open"
 
 
 # Compilation
@@ -155,6 +155,20 @@ def test_a_cpu_where_a_compiled_update_is_slower_runs_eagerly_and_says_so() -> N
     assert machine.choose(steps=1000).compile is False
     assert machine.notes[-1] == "compile: no, running eagerly (an update takes 1.02 s compiled, 1 s as it is)"
     assert [compiled for _, compiled in machine.calls] == [False, True, False]
+
+
+def test_rows_that_fit_eagerly_and_not_compiled_are_kept_where_it_runs_eagerly() -> None:
+    class Narrow(Machine):
+        def measure(self, rows: int, compiled: bool) -> float:
+            if compiled and rows > 2:
+                self.calls.append((rows, compiled))
+                raise torch.OutOfMemoryError("out of memory")
+            return super().measure(rows, compiled)
+
+    machine = Narrow(eager_s=1.0, compiled_s=1.5)
+    choices = machine.choose(rows=4, steps=1000, micro_batch=4)
+    assert (choices.micro_batch, choices.compile, choices.fallbacks) == (4, False, {})
+    assert machine.calls == [(4, False), (4, True), (2, True), (4, False)]
 
 
 def test_a_cpu_without_a_compiler_does_not_try_and_says_why() -> None:

@@ -175,7 +175,7 @@ def test_a_source_of_the_hub_is_asked_for_there_unless_a_path_has_its_name(
 def test_a_tokenizer_is_that_of_a_path_or_of_the_model_that_is_named(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "model", lambda name: Path("cache", name))
+    monkeypatch.setattr(hub, "vocabulary", lambda name: Path("cache", name))
     add(run, 10, 20)
     at = checkpoint_path(run.checkpoints, 10)
     assert vocabulary("runs/x@10") == at

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,11 @@ def test_what_surely_fits_is_not_gone_through_and_the_rest_is_held_against_what_
     room = held.total - eight.weights // 4
     fitted = settle.fits(shape, of, room, shards, beside=True), settle.fits(shape, of, room - 1, shards, beside=True)
     assert [so_many(8) for so_many in fitted] == [True, False], "what FSDP2 gathers is to come"
+    dpo = replace(of, objective=of.objective.model_copy(update={"kind": "dpo"}))
+    held = division.held(memory.needs(shape, dpo)(8), division.portions(shape), shards)
+    room = held.total - eight.weights // 4 - eight.weights
+    fitted = settle.fits(shape, dpo, room, shards, beside=True), settle.fits(shape, dpo, room - 1, shards, beside=True)
+    assert [so_many(8) for so_many in fitted] == [True, False], "each rank's whole reference is there too"
 
 
 def test_an_update_confirms_the_micro_batch_and_what_is_out_of_memory_is_halved(

@@ -381,10 +381,25 @@ def test_what_could_not_be_had_as_asked_is_not_tried_again(grammar: Path, monkey
         with pytest.raises(signals.Stopped):
             train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
     assert tried == [True]
+    with pytest.raises(ValueError, match=r"train\.compile asks for True"):
+        train(
+            config.load(
+                TrainConfig, Path("runs/tiny/config.yaml"), ["name=b", "train.compile=true", "choices.fallbacks={}"]
+            ),
+            console=CONSOLE,
+        )
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(signals.Stopped):
+            train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
+    assert tried == [True]
+    with pytest.raises(RuntimeError, match=r"g\+\+: exit 1"):
+        train(settings("train.steps=6", "train.compile=true"), console=CONSOLE, allow=["train.compile"])
+    assert tried == [True, True]
     train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
-    assert tried == [True] and metrics("tiny", "train")[-1]["step"] == 6
+    assert tried == [True, True] and metrics("tiny", "train")[-1]["step"] == 6
     train(config.load(TrainConfig, Path("runs/tiny/config.yaml"), ["name=again"]), console=CONSOLE)
-    assert tried == [True] and metrics("again", "train")[-1]["step"] == 6
+    assert tried == [True, True] and metrics("again", "train")[-1]["step"] == 6
 
 
 def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from trained import apart, trained
 
 from gpt import parallel
 from gpt.loss import NextToken
-from gpt.model import GPT, Block, gelu_by_sigmoid, gelu_tanh
+from gpt.model import GPT, Block, ModelConfig, gelu_by_sigmoid, gelu_tanh
 from gpt.parallel import ORDERS, applied, equipped, fused_kernel, hiding_kernel, in_parts, preferring
 from gpt.team import Team
 

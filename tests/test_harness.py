@@ -145,7 +145,7 @@ def test_a_task_that_nobody_knows_is_named(lm_eval: Any, pupil: Path) -> None:
 
 def test_without_lm_eval_the_error_says_what_to_install(pupil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"lm-eval is not installed \(lm_eval\): pip install 'gpt-trainer\[eval\]'"):
+    with pytest.raises(ValueError, match=r"lm-eval is not installed \(lm_eval\): pip install -e '\.\[eval\]'"):
         adapter(pupil)
 
 

@@ -555,10 +555,10 @@ def test_ranks_that_divide_everything_resume_bit_for_bit_averages_and_files_incl
     assert {file.name: file.read_bytes() for file in saved.glob("*.safetensors")} == straight
 
 
-def test_every_source_that_is_evaluated_may_bring_a_shape_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_source_that_is_evaluated_may_bring_a_shape_of_its_own() -> None:
     """Past torch's own limit FlexAttention would write all scores out."""
     limit = torch._dynamo.config
     for before, after in ((8, parallel.SHAPES), (1000, 1000)):
-        monkeypatch.setattr(limit, "recompile_limit", before)
-        parallel.flexible(GPT(ModelConfig(vocab_size=64, max_seq_len=32, n_layer=1, d_model=32, n_head=2)))
-        assert limit.recompile_limit == after
+        with limit.patch(recompile_limit=before):
+            parallel.flexible(GPT(ModelConfig(vocab_size=64, max_seq_len=32, n_layer=1, d_model=32, n_head=2)))
+            assert limit.recompile_limit == after

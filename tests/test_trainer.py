@@ -374,12 +374,15 @@ def test_what_could_not_be_had_as_asked_is_not_tried_again(grammar: Path, monkey
             raise RuntimeError("g++: exit 1")
         return real(objective, compile=compile, **how)
 
+    def interrupted(step):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(signals.Stopped):
+                train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
+
     for module in (settle.parallel, trainer.parallel):
         monkeypatch.setattr(module, "applied", applied)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(signals.Stopped):
-            train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
+    interrupted(3)
     assert tried == [True]
     with pytest.raises(ValueError, match=r"train\.compile asks for True"):
         train(
@@ -388,10 +391,7 @@ def test_what_could_not_be_had_as_asked_is_not_tried_again(grammar: Path, monkey
             ),
             console=CONSOLE,
         )
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(signals.Stopped):
-            train(settings("train.steps=6", "train.compile=true"), console=CONSOLE)
+    interrupted(5)
     assert tried == [True]
     with pytest.raises(RuntimeError, match=r"g\+\+: exit 1"):
         train(settings("train.steps=6", "train.compile=true"), console=CONSOLE, allow=["train.compile"])

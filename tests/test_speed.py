@@ -64,7 +64,18 @@ def test_more_rows_take_as_much_more_time() -> None:
     assert told(5).update_s(3) == 3 * told(5).pass_s + told(5).step_s
 
 
-def test_calling_costs_something_on_this_cpu() -> None:
-    rates = Rates(1e12, 1e10, 0.0)
-    assert 0 < speed.with_asking(rates, "float32").asking < 1e-2
-    assert replace(speed.with_asking(rates, "float32"), asking=0.0) == rates
+@pytest.mark.parametrize(("alone_s", "least", "most"), [(0.0, 1e-9, 1e-2), (1e6, 0.0, 0.0)])
+def test_calling_costs_what_a_pass_takes_beyond_its_operations(
+    monkeypatch: pytest.MonkeyPatch, alone_s: float, least: float, most: float
+) -> None:
+    monkeypatch.setattr(
+        Clock, "seconds", lambda *_: alone_s
+    )  # what was timed alone, which a noisy machine may tell too high
+    speed.asking_s.cache_clear()
+    try:
+        rates = Rates(1e12, 1e10, 1.0)
+        told = speed.with_asking(rates, "float32")
+        assert least <= told.asking <= most
+        assert replace(told, asking=1.0) == rates
+    finally:
+        speed.asking_s.cache_clear()

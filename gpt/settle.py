@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -510,7 +511,7 @@ def trial(
     parts: Parts,
 ) -> tuple[float, Optimizer]:
     """Seconds of an update, and the optimizer that made `n` of them, or two slow ones, for at least `enough_s` seconds; the
-    weights moved.
+    weights moved. Of several the slowest does not count: a moment in which the machine did something else must not decide.
 
     An update of bad numbers is not made, as far as this goes: the run itself will meet them. torch.OutOfMemoryError where
     memory is short; of several ranks an error that nobody answers with another try, as that would meet the others amid theirs.
@@ -521,10 +522,10 @@ def trial(
     how: dict[str, Any] = {"compile": choices.compile, "checkpointing": config.train.checkpointing}
     forward = parallel.applied(objective, **how, ranks=ranks)
     optimizer = Optimizer(objective.model, config.optim, parts, compile=choices.compile)
-    step, start = 0, time.perf_counter()
+    step, start, seconds = 0, time.perf_counter(), list[float]()
     while step < min(n, 2) or told(time.perf_counter() - start < (max(PROBE_S, enough_s) if step < n else enough_s)):
         ranks.check()
-        step += 1
+        step, began = step + 1, time.perf_counter()
         try:
             update(forward, optimizer, loader.batch(step), still, choices, step, ranks)
         except FloatingPointError:
@@ -536,7 +537,9 @@ def trial(
         runtime.synchronize(choices.device)
         if step == 1:  # it warms up, or compiles
             start = time.perf_counter()
-    return (time.perf_counter() - start) / max(1, step - 1), optimizer
+        seconds.append(time.perf_counter() - began)
+    counted = sorted(seconds[1:] or seconds)
+    return statistics.fmean(counted[:-1] or counted), optimizer
 
 
 def _meant(error: Exception, choices: Choices, ranks: Ranks) -> Exception | None:

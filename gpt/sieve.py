@@ -26,7 +26,7 @@ MAX_WORD = 256  # characters of a word that WordPiece looks through: its work gr
 MAX_EXPANSION = 128  # bytes that a compiled normalization makes of one character; Unicode's longest is 33
 PROBE, PROBE_S = (
     1 << 12,
-    0.2,
+    0.5,
 )  # an expression must be done with so many characters of a kind in this time: quadratic may pass
 
 TYPES: Mapping[str, Collection[str]] = {
@@ -331,7 +331,7 @@ def _try(text: str, split: Any, letter: str) -> None:
     while size <= PROBE:
         try:
             spent = _spent(split, letter * size + "\0")
-            if spent > PROBE_S:  # a collection of garbage may have fallen into it
+            if PROBE_S < spent < 4 * PROBE_S:  # a collection of garbage may have fallen into it
                 spent = min(spent, _spent(split, letter * size + "\0"))
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise

@@ -27,7 +27,7 @@ import numpy as np
 from proving import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_S, WALL_S, MEMORY = 2, 30, 1 << 30  # for one mutant; of the wall clock more, for a machine that others use too
+CPU_S, WALL_S, MEMORY = 10, 60, 1 << 30  # for one mutant; of the wall clock more, for a machine that others use too
 TEXT = "the river runs to the sea; 床前明月光 123 def f(x): return {'café': 🐙}\n"
 Make = Callable[[random.Random, bytes], bytes]
 

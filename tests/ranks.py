@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,12 +35,12 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return os.environ | {name: str(value) for name, value in told.items()} | fixed | {"PYTHONPATH": path}
 
 
-def start(command: Sequence[str], size: int, cwd: Path = ROOT) -> list[subprocess.Popen[str]]:
+def start(command: Sequence[str], size: int, cwd: Path = ROOT, **environ: str) -> list[subprocess.Popen[str]]:
     """`size` processes of one run; `finished` waits for them."""
-    port = free_port()
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    port = int(environ.get("MASTER_PORT") or free_port())
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
     return [
-        subprocess.Popen(list(command), env=environment(rank, size, port), cwd=cwd, start_new_session=True, **pipes)
+        subprocess.Popen(list(command), env=environment(rank, size, port) | environ, start_new_session=True, **pipes)
         for rank in range(size)
     ]
 
@@ -60,8 +62,15 @@ def finished(
 def run(
     command: Sequence[str], size: int, cwd: Path = ROOT, timeout_s: float = 120
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The same command in `size` processes of one run."""
+    """The same command in `size` processes of one run, of which rank 0 keeps what they tell each other."""
     return finished(start(command, size, cwd), timeout_s)
+
+
+def launched(command: Sequence[str], size: int, cwd: Path, timeout_s: float) -> list[subprocess.CompletedProcess[str]]:
+    """As `run`, but this process keeps it, as torchrun does, so that no rank's end cuts short what another would look up."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return finished(start(command, size, cwd, MASTER_PORT=str(store.port), **agent), timeout_s)
 
 
 # As the commands end (signals.run): torch's threads to other ranks may abort the interpreter's own end.

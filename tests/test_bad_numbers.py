@@ -327,7 +327,7 @@ def on_two(*overrides: str, bad: tuple[int, ...] = (), full: int = 0, broken: in
     """What two ranks say on stderr; the last row of the batches `bad` is garbage, rank 1's disk is full at save `full`, and
     at save `broken` it finds a weight that is not finite."""
     program = RANKED.format(faults=(full, broken, *bad))
-    ended = ranks.run([sys.executable, "-W", "ignore", "-c", program, *overrides], 2, Path.cwd(), 100)
+    ended = ranks.launched([sys.executable, "-W", "ignore", "-c", program, *overrides], 2, Path.cwd(), 100)
     assert not any("Traceback" in each.stderr for each in ended), ended[0].stderr + ended[1].stderr
     return [f"{each.returncode}: {each.stderr}" for each in ended]
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -709,7 +710,7 @@ with Writer(team, say=print) as writer:
 """
     ended = processes(killing, 2, tmp_path)
     assert ended[victim].returncode == -9
-    assert ended[1 - victim].returncode == 1
+    assert ended[1 - victim].returncode in (1, -signal.SIGABRT)  # by torch's threads, at the interpreter's end
     saves = Checkpoints(tmp_path, keep=2)
     assert saves.latest() == saves.path(1)
     saves.sweep()

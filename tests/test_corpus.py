@@ -616,7 +616,7 @@ def test_a_mutant_of_json_lines_is_read_right_or_refused_by_name(tmp_path: Path,
                 del data[max(1, at) :]
             data = data or bytearray(b" ")
         path.write_bytes(data)
-        began = time.monotonic()
+        began = time.thread_time()
         expected = reference(bytes(data))
         try:
             got = [document.text for document in documents_of(path)]
@@ -626,7 +626,7 @@ def test_a_mutant_of_json_lines_is_read_right_or_refused_by_name(tmp_path: Path,
             refused += 1
         else:
             assert got == expected, bytes(data)
-        assert time.monotonic() - began < 2
+        assert time.thread_time() - began < 10
     assert 0 < refused < n
 
 

@@ -47,6 +47,7 @@ WAYS = {  # what mutant n of a loader gone wrong does, and how that is told
 }
 PLANT = """
 real = Prepared.fault
+CPU_S = 2  # to end what is endless
 
 
 def fault(self, number):

@@ -1,5 +1,6 @@
 """What a machine does in a second: by its limits, or each operation timed alone."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -61,7 +62,7 @@ def test_operations_are_timed_those_first_that_weigh_most_until_the_budget_is_sp
 
     monkeypatch.setattr(probe, "timed", timed)
     calls = tally((8, 8, 8), (64, 64, 64), (32, 32, 32), looks=5)
-    clock = Clock(RATES, "cpu")
+    clock = Clock(RATES, "cpu", budget_s=math.inf)
     clock.watch([calls])
     assert made == [64, 32, 8]
     assert clock.seconds(calls) == pytest.approx(21.0, abs=1e-4)

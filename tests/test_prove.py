@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import kills
 import prove
@@ -159,16 +160,26 @@ def passed_on(*args):
     sys.exit(1)
 signal.signal(signal.SIGTERM, passed_on)
 print(rank.pid, flush=True)
+open("ready", "w").close()
 time.sleep(600)
 """
 
 
 def test_ranks_of_a_command_that_does_not_end_are_gone_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun does, the launcher starts them in sessions of their own; they keep its pipes open."""
-    monkeypatch.setattr(runs, "PATIENCE_S", 3)
+    real = runs.begun
+
+    def begun(*given: Any, **environment: str) -> subprocess.Popen[str]:
+        process, until = real(*given, **environment), time.monotonic() + 60
+        while not (tmp_path / "ready").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        return process
+
+    monkeypatch.setattr(runs, "begun", begun)
+    monkeypatch.setattr(runs, "PATIENCE_S", 1)
     done = runs.ended(tmp_path, [sys.executable, "-c", LAUNCHER])
-    assert done.code == runs.TOO_LONG and "it did not end within 3 s" in done.said
-    assert done.seconds < 30 and not Path("/proc", done.printed.strip()).exists()
+    assert done.code == runs.TOO_LONG and "it did not end within 1 s" in done.said
+    assert (rank := done.printed.strip()) and not Path("/proc", rank).exists()
 
 
 @pytest.mark.slow

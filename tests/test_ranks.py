@@ -88,10 +88,22 @@ def tried(team: Team, size: int, update: Callable[..., None], *, compile: bool =
     return trial
 
 
+def of_last(size: int, look: Callable[[Team], Any]) -> Any:
+    """What `look` returns, or raises, on the last rank; the others wait for it no longer then."""
+
+    def ended(team: Team) -> Any:
+        try:
+            return look(team)
+        finally:
+            if team.rank == size - 1:
+                team.group.barrier.abort()
+
+    return teams.ranks(size, ended)[-1]
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_several_ranks_do_not_look_for_a_micro_batch_that_fits(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_do_not_look_for_a_micro_batch_that_fits(size: int) -> None:
     """One that tried again would meet the others amid the update in which it failed."""
-    monkeypatch.setattr(teams, "PATIENCE_S", 3)  # for the rank that fails
 
     def look(team: Team) -> tuple[int, float]:
         def update(forward: Any, optimizer: Any, given: Any, config: Any, choices: Choices, *rest: Any) -> None:
@@ -100,18 +112,17 @@ def test_several_ranks_do_not_look_for_a_micro_batch_that_fits(size: int, monkey
 
         return plan.fitting(tried(team, size, update), 8, False, lambda line: None)
 
+    found = of_last(size, look)
     if size == 1:
-        assert teams.ranks(1, look)[0][0] == 2
+        assert found[0] == 2
         return
-    failed = teams.ranks(size, look)[-1]
-    assert isinstance(failed, MemoryError) and "set a smaller train.micro_batch" in str(failed)
+    assert isinstance(found, MemoryError) and "set a smaller train.micro_batch" in str(found)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_several_ranks_do_not_fall_back_from_the_compiler_each_by_itself(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teams, "PATIENCE_S", 3)
     monkeypatch.setattr(parallel, "applied", lambda objective, **how: objective)
 
     def look(team: Team) -> float:
@@ -121,7 +132,7 @@ def test_several_ranks_do_not_fall_back_from_the_compiler_each_by_itself(
 
         return tried(team, size, update, compile=True)(2, True)
 
-    failed = teams.ranks(size, look)[-1]
+    failed = of_last(size, look)
     assert type(failed) is (RuntimeError if size == 1 else ValueError)
     assert size == 1 or str(failed) == (
         "compiling failed (g++: exit 1): ranks cannot fall back alone, set train.compile=false"

@@ -148,9 +148,9 @@ def test_memory_that_an_update_frees_is_there_for_the_next_one() -> None:
     n = 1 << 26  # bytes, which is past what malloc keeps by itself
 
     def faults(n_bytes: int) -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
         torch.zeros(n_bytes, dtype=torch.uint8)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
 
     faults(n)
     # A little less: glibc looks for an aligned place where there is room to spare, and what stands behind may be in use.

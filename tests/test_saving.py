@@ -341,6 +341,9 @@ def test_a_watchdog_learns_how_long_a_save_takes_and_is_patient_with_who_waits_f
     patience: list[int] = []
 
     def let() -> None:
+        until = time.monotonic() + 20
+        while watch._patient == before and time.monotonic() < until:
+            time.sleep(0.01)
         time.sleep(0.3)
         patience.append(watch._patient)
         slow.let.set()
@@ -351,7 +354,7 @@ def test_a_watchdog_learns_how_long_a_save_takes_and_is_patient_with_who_waits_f
         threading.Thread(target=let).start()
         writer.wait()
     assert patience == [before + 1] and watch._patient == before
-    assert watch.early_s > 2 * 0.3
+    assert watch._save_s > 0.25
 
 
 KILLED = """
@@ -392,9 +395,12 @@ def test_a_process_that_ends_while_it_writes_leaves_the_checkpoint_before(
     with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         if kills:
             assert process.stdout is not None and process.stdout.readline() == "writing\n"
-        for kill in kills:
+        for nth, kill in enumerate(kills):
+            if nth:  # when the one before was heard: two at once could come as one
+                assert process.stderr is not None and any(
+                    "stopping at the next safe point" in line for line in process.stderr
+                )
             process.send_signal(getattr(signal, kill))
-            time.sleep(0.5)
         assert process.wait(30) == code
     saves = Checkpoints(tmp_path, keep=2)
     assert saves.steps() == [1]

@@ -78,7 +78,9 @@ def no_collection() -> Iterator[None]:
 def test_a_trial_that_is_slow_once_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     sieve.check_expression.cache_clear()
     real, slow = sieve._spent, [True]
-    monkeypatch.setattr(sieve, "_spent", lambda split, text: real(split, text) + 2 * bool(slow and slow.pop()))
+    monkeypatch.setattr(
+        sieve, "_spent", lambda split, text: real(split, text) + 2 * sieve.PROBE_S * bool(slow and slow.pop())
+    )
     sieve.check_expression(r"\p{N}x")
 
 
@@ -97,9 +99,9 @@ def test_an_expression_that_could_try_for_ever_is_refused_at_once(text: str) -> 
 
 def test_an_expression_that_is_slow_on_trial_is_refused() -> None:
     began = time.thread_time()
-    with pytest.raises(ValueError, match=r"tries for 0\.\d\d s on \d+ times|fails on \d+ times"):
+    with pytest.raises(ValueError, match=r"tries for \d+\.\d\d s on \d+ times|fails on \d+ times"):
         sieve.check_expression(r"[ab]*[bc]*[ad]*\d")
-    assert time.thread_time() - began < 6
+    assert time.thread_time() - began < 30
 
 
 def of(**changes: Any) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def test_a_template_that_misbehaves_is_stopped_soon_and_in_words(case: str) -> N
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=f"^the chat template (was stopped|fails on this conversation): .*{words}"):
         render(source)
-    assert time.process_time() - start < 15
+    assert time.process_time() - start < 60
     if sys.platform == "linux":  # others count in bytes
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 

@@ -403,13 +403,15 @@ def test_what_could_not_be_had_as_asked_is_not_tried_again(grammar: Path, monkey
 
 
 def test_a_time_budget_fits_the_steps_and_is_kept_on_resume(grammar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = config.load(TrainConfig, Path("tiny.yaml"), ["train.steps=null", "train.time=3s", "eval.every=1000"])
+    timed = config.load(TrainConfig, Path("tiny.yaml"), ["train.steps=null", "train.time=30s", "eval.every=1000"])
     stop_at(monkeypatch, 5)
-    monkeypatch.setattr(settle, "PROBE_UPDATES", 3)
+    real = settle.trial
+    monkeypatch.setattr(settle, "trial", lambda *given: (1.0, real(*given)[1]))  # a second an update
+    monkeypatch.setattr(settle, "PROBE_SHARE", 0.0)
     with pytest.raises(signals.Stopped):
         train(timed, console=CONSOLE)
     steps = config.load(TrainConfig, Path("runs/tiny/config.yaml")).choices.steps
-    assert steps > 5
+    assert 5 < steps <= 30
     monkeypatch.undo()
     monkeypatch.chdir(grammar)
     train(timed, console=CONSOLE)

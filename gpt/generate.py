@@ -123,9 +123,7 @@ class Past:
         n_read = min(self.cache.host.longest, len(self.ids), len(row) - 1)
         both = enumerate(zip(self.ids[:n_read], row[:n_read], strict=True))
         n_read = next((i for i, (before, now) in both if before != now), n_read)
-        scaling = model.config.rope_scaling
-        if model.config.prefix_lm or (scaling is not None and scaling.kind == "dynamic"):
-            n_read = 0  # a prompt that is read both ways, or turned by its length, is read whole
+        n_read = 0 if model.config.reads_whole else n_read
         self.cache.rewind(torch.full_like(self.cache.lengths, n_read))
         if self.cache.max_len < max_len:
             wider = min(max(max_len, 2 * self.cache.max_len), model.config.max_seq_len or max_len)
@@ -232,8 +230,7 @@ class _Batch:
     def _read(self, start: int, stop: int, n_read: int = 0) -> Tensor:
         """Read the rows from place `start` to before `stop` from their token `n_read` on; features (n, C) of the last one.
 
-        One row is read in portions, so that what is computed at once is bounded; at once a prefix-LM's prompt, whose tokens see
-        each other, and where the length decides by what angles all positions turn.
+        One row is read in portions, so that what is computed at once is bounded, where the model allows it.
         """
         model, cache = self.model, self.cache.part(start, stop)
         rows, device = [self.rows[row] for row in self.order[start:stop]], cache.lengths.device
@@ -245,9 +242,7 @@ class _Batch:
         prefix = (slots < n_prompt).to(device) if model.config.prefix_lm else None
         at = slots.minimum(last[:, None]).to(device)  # padding goes no further
         cache.rewind(torch.full((len(rows),), n_read))
-        scaling = model.config.rope_scaling
-        whole = prefix is not None or (scaling is not None and scaling.kind == "dynamic")
-        portion = longest if whole else max(1, PORTION // len(rows))
+        portion = longest if model.config.reads_whole else max(1, PORTION // len(rows))
         for tokens, positions in zip(padded.to(device).split(portion, 1), at.split(portion, 1), strict=True):
             features = model.features(tokens, positions, cache=cache, prefix=prefix)  # (n, T, C)
         ends = last.to(device) - (longest - features.shape[1])

@@ -121,8 +121,7 @@ def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -
     prompts = [prompt for prompt, _ in batch]
     owner = torch.tensor([row for row, (_, group) in enumerate(batch) for _ in group], device=device)
     targets = _padded(continuations, -1).to(device)  # (n, T)
-    scaling = model.config.rope_scaling
-    read = _whole if scaling is not None and scaling.kind == "dynamic" else _shared
+    read = _whole if model.config.turns_by_length else _shared
     features = read(model, prompts, owner, targets)
     inside = targets >= 0
     logprobs, best = _looked_up(model, features[inside], targets[inside])

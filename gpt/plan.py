@@ -3,6 +3,7 @@
 The record is written to config.yaml before the first update and obeyed on resume, so a resumed run repeats it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -122,15 +123,30 @@ def fixed_steps(config: TrainingConfig) -> int | None:
     return config.steps if config.tokens is None else -(-config.tokens // config.batch_tokens)
 
 
-def micro_batch(config: TrainingConfig, n_rows: int, row_tokens: int, device: str, fits: Callable[[int], bool]) -> int:
-    """Rows of one forward pass: as set, or the largest divisor of `n_rows` that fits and that a CPU's caches can use."""
+def micro_batch(
+    config: TrainingConfig,
+    n_rows: int,
+    row_tokens: int,
+    device: str,
+    fits: Callable[[int], bool],
+    note: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Rows of one forward pass: as set, or the largest divisor of `n_rows` that fits and that a CPU's caches can use; noted
+    where those divisors are few.
+    """
     if config.micro_batch != "auto":
         if n_rows % config.micro_batch:
             raise ValueError(f"train.micro_batch ({config.micro_batch}) must divide the batch's {n_rows} rows")
         return config.micro_batch
     most = CPU_MICRO_BATCH_TOKENS // row_tokens if device == "cpu" else n_rows
     divisors = (rows for rows in range(min(n_rows, most), 1, -1) if n_rows % rows == 0)
-    return next((rows for rows in divisors if fits(rows)), 1)
+    found = next((rows for rows in divisors if fits(rows)), 1)
+    if 2 * found <= min(n_rows, most) and fits(2 * found):
+        note(
+            f"micro_batch: {found}, as {n_rows} rows divide into nothing larger that fits; a train.batch_tokens of "
+            f"{8 * math.ceil(n_rows / 8)} rows has more divisors"
+        )
+    return found
 
 
 def choose(

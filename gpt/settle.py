@@ -632,7 +632,7 @@ def _choose(
         share = rows(config)
     choices = plan.choose(
         train,
-        rows=min(ranks.team.gather(_rows_that_fit(config, train, model, ranks, share, device, dtype))),
+        rows=min(ranks.team.gather(_rows_that_fit(config, train, model, ranks, share, device, dtype, say))),
         device=device,
         dtype=dtype,
         threads=n_threads,
@@ -676,17 +676,16 @@ def _evaluation_s(config: TrainConfig, n_evaluated: int, update_s: float) -> flo
 
 
 def _rows_that_fit(
-    config: TrainConfig, train: TrainingConfig, model: GPT, ranks: Ranks, share: int, device: str, dtype: str
+    config: TrainConfig, train: TrainingConfig, model: GPT, ranks: Ranks, share: int, device: str, dtype: str, say: Say
 ) -> int:
     """Rows of a micro-batch of a rank's `share` of an update: as set, or by what memory has left beside the model."""
     if config.parallel.canonical:  # what a machine has room for has no say in it
-        return plan.micro_batch(train, share, row_length(config), "cpu", lambda rows: True)
+        return plan.micro_batch(train, share, row_length(config), "cpu", lambda rows: True, say)
     shared_by = 1 if device.startswith("cuda") else runtime.local_world_size()
     room = (1 - memory.SPARE) * runtime.free_memory_bytes(device) / shared_by
     of = setting(config, device, dtype)
-    return plan.micro_batch(
-        train, share, row_length(config), device, fits(config.model, of, room, ranks.n, beside=True)
-    )
+    fit = fits(config.model, of, room, ranks.n, beside=True)
+    return plan.micro_batch(train, share, row_length(config), device, fit, say)
 
 
 def setting(config: TrainConfig, device: str, dtype: str, rows: int = 1) -> memory.Setting:

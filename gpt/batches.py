@@ -63,10 +63,7 @@ def order(dataset: str | None, config: Sequence[str] | None, seq_len: int | None
     if seq_len is not None:
         overrides.append(f"data.seq_len={seq_len}")
     run = settings.load(TrainConfig, Path(file), overrides, {"name": Path(file).stem})
-    if run.train.batch_tokens % settle.row_length(run):
-        raise ValueError(
-            f"train.batch_tokens ({run.train.batch_tokens}) must be a multiple of data.seq_len ({run.data.seq_len})"
-        )
+    settle.check_batch(run)
     steps = run.choices.steps if run.choices is not None else fixed_steps(run.train) or DRAWN_STEPS
     return Order(run.data, settle.rows(run), run.seed, steps)
 

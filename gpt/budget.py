@@ -158,7 +158,7 @@ def facts(config: TrainConfig, size: int | None = None, card: str | None = None,
     held = host.resident_bytes()  # by what a run imports too; the plan's own means come after
     model = memory.bare(shape, config.adapter)
     target = _target(config, model, held, size, card, devices)
-    counts = memory.parameters(shape, settle.setting(config, target.device, target.dtype))
+    counts = memory.parameters(shape, config.adapter)
     try:
         data = open_data(config.data)
     except FileNotFoundError:
@@ -303,7 +303,7 @@ def _work(facts: Facts) -> Iterator[tuple[str, str]]:
         return
     total = steps * config.train.batch_tokens
     yield "updates", f"{steps:,}"
-    yield "tokens in all", f"{total:,} ({total / plan.n_parameters(facts.model):.1f} a parameter)"
+    yield "tokens in all", f"{total:,} ({total / sum(facts.counts.values()):.1f} a parameter)"
     for name, times in facts.epochs:
         yield f"epochs of {name}", f"{times:.2f}"
     if facts.data is None:

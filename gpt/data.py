@@ -157,7 +157,7 @@ def open_data(config: DataConfig) -> Data:
     if config.sources is not None:
         parts = _by_shares(parts[0], config.sources)
     whole = any(part.val.has_spans for part in parts)  # they are packed, and need no row to be full
-    if (n := sum(part.val.n_tokens for part in parts)) < config.seq_len and not whole:
+    if (n := sum(part.val.n_tokens for part in parts)) < (1 if whole else config.seq_len):
         raise ValueError(
             f"{', '.join(shares)}: the validation split has {n} tokens, fewer than data.seq_len ({config.seq_len}); "
             f"prepare it with a larger val_fraction or lower data.seq_len"

@@ -15,7 +15,8 @@ from torch import Tensor
 from gpt.cache import KVCache, leave, spread
 from gpt.graphs import WORTH, Graphs
 from gpt.inference import PackedLinear
-from gpt.model import GPT
+from gpt.model import GPT, ModelConfig
+from gpt.positions import by_length
 from gpt.runtime import key, lone_thread
 from gpt.tokenizer import Tokenizer
 
@@ -108,6 +109,11 @@ class Column(NamedTuple):
     logprobs: list[float | None]
 
 
+def _read_whole(config: ModelConfig) -> bool:
+    """Whether a prompt must be read at once: its tokens see each other, or its length decides by what angles they turn."""
+    return config.prefix_lm or by_length(config.rope_scaling)
+
+
 class Past:
     """What a model has read of one row, kept from one `generate` to the next: only what is new is then read."""
 
@@ -123,7 +129,7 @@ class Past:
         n_read = min(self.cache.host.longest, len(self.ids), len(row) - 1)
         both = enumerate(zip(self.ids[:n_read], row[:n_read], strict=True))
         n_read = next((i for i, (before, now) in both if before != now), n_read)
-        n_read = 0 if model.config.reads_whole else n_read
+        n_read = 0 if _read_whole(model.config) else n_read
         self.cache.rewind(torch.full_like(self.cache.lengths, n_read))
         if self.cache.max_len < max_len:
             wider = min(max(max_len, 2 * self.cache.max_len), model.config.max_seq_len or max_len)
@@ -242,7 +248,7 @@ class _Batch:
         prefix = (slots < n_prompt).to(device) if model.config.prefix_lm else None
         at = slots.minimum(last[:, None]).to(device)  # padding goes no further
         cache.rewind(torch.full((len(rows),), n_read))
-        portion = longest if model.config.reads_whole else max(1, PORTION // len(rows))
+        portion = longest if _read_whole(model.config) else max(1, PORTION // len(rows))
         for tokens, positions in zip(padded.to(device).split(portion, 1), at.split(portion, 1), strict=True):
             features = model.features(tokens, positions, cache=cache, prefix=prefix)  # (n, T, C)
         ends = last.to(device) - (longest - features.shape[1])

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpt import signals
 from gpt.cache import spread
 from gpt.model import GPT
+from gpt.positions import by_length
 
 NOT_FINITE = "a log-probability is not a number: the weights give numbers that are not finite"
 CHUNK_LOGITS = 1 << 24  # held at once, in fp32: 64 MiB
@@ -121,7 +122,7 @@ def _scored(model: GPT, batch: Groups, continuations: Sequence[Sequence[int]]) -
     prompts = [prompt for prompt, _ in batch]
     owner = torch.tensor([row for row, (_, group) in enumerate(batch) for _ in group], device=device)
     targets = _padded(continuations, -1).to(device)  # (n, T)
-    read = _whole if model.config.turns_by_length else _shared
+    read = _whole if by_length(model.config.rope_scaling) else _shared
     features = read(model, prompts, owner, targets)
     inside = targets >= 0
     logprobs, best = _looked_up(model, features[inside], targets[inside])

@@ -382,22 +382,20 @@ def _give_gradients(parameters: Sequence[Tensor]) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def parameters(config: ModelConfig, setting: Setting) -> dict[str, int]:
+def parameters(config: ModelConfig, adapter: AdapterConfig | None = None) -> dict[str, int]:
     """How many parameters each part has; what an adapter trains stands apart, a tied head has none.
 
     The adapter's base is as `base_dtype` fp32 has it: with its parameters.
     """
+    plain = None if adapter is None else adapter.model_copy(update={"base_dtype": "fp32"})
     counts: list[dict[str, int]] = []
-    depths = (config.n_layer,) if _differ(setting.adapter) else (1, 2)
-    for depth in depths:
-        with FakeTensorMode():
-            model = _dressed(_shallow(config, depth), setting.adapter)
+    for shape in samples(config, plain):
         found = dict.fromkeys([*PARTS, "adapter"], 0)
-        for name, parameter in model.named_parameters():
+        for name, parameter in bare(shape, plain).named_parameters():
             part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
-            found["adapter" if setting.adapter and parameter.requires_grad else part] += parameter.numel()
+            found["adapter" if plain and parameter.requires_grad else part] += parameter.numel()
         counts.append(found)
-    return {part: n + (config.n_layer - depths[0]) * (counts[-1][part] - n) for part, n in counts[0].items()}
+    return {part: n + (config.n_layer - 1) * (counts[-1][part] - n) for part, n in counts[0].items()}
 
 
 def size(text: str) -> int:

@@ -20,7 +20,19 @@ from torch.nn import functional as F
 from gpt.attention import Flex, Mask, attend, joined, masked, masked_blocks
 from gpt.cache import KVCache, visible
 from gpt.config import Count, Settings
-from gpt.positions import Angles, At, Learned, Position, RelativeBias, RopeScaling, Rotary, Sinusoidal, keep, rotate
+from gpt.positions import (
+    Angles,
+    At,
+    Learned,
+    Position,
+    RelativeBias,
+    RopeScaling,
+    Rotary,
+    Sinusoidal,
+    by_length,
+    keep,
+    rotate,
+)
 
 
 class ModelConfig(Settings):
@@ -99,15 +111,6 @@ class ModelConfig(Settings):
     def d_hidden(self) -> int:
         return self.d_ff or 64 * math.ceil((8 * self.d_model / 3 if self.gated else 4 * self.d_model) / 64)
 
-    @property
-    def reads_whole(self) -> bool:
-        """Whether a prompt is read at once: its tokens see each other, or its length decides by what angles they turn."""
-        return self.prefix_lm or self.turns_by_length
-
-    @property
-    def turns_by_length(self) -> bool:
-        return self.rope_scaling is not None and self.rope_scaling.by_length
-
     def window_of(self, layer: int) -> int | None:
         return None if layer in self.full_layers else self.window
 
@@ -127,7 +130,7 @@ def _check_positions(config: ModelConfig) -> None:
             raise ValueError(f"{name} ({config.d_rotary}) must be even: RoPE rotates pairs")
         if config.d_rotary > config.d_head:
             raise ValueError(f"rotary_dim ({config.d_rotary}) must be at most head_dim ({config.d_head})")
-        if config.turns_by_length and config.d_rotary == 2:
+        if by_length(scaling) and config.d_rotary == 2:
             raise ValueError("dynamic scaling stretches the slower pairs, and 2 columns are one pair: use 'linear'")
     elif scaling is not None or config.rotary_dim is not None or config.nope_layers:
         raise ValueError(f"rope_scaling, rotary_dim and nope_layers are for position 'rotary', not {config.position!r}")

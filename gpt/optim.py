@@ -395,10 +395,9 @@ def _build(names: Mapping[Tensor, str], config: OptimConfig, here: Here, compile
     apart = config.kind == "muon" or config.state == "8bit"
     decaying = head if apart else blocks + head
     how = {"lr": adamw_lr, "betas": config.betas}
-    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0, **how}]
-    if decaying:
-        groups.append({"params": decaying, "weight_decay": config.weight_decay, **how})
-    yield AdamW(groups)
+    decayed: list[tuple[list[Tensor], float]] = [(rest, 0.0), (decaying, config.weight_decay)]
+    if groups := [{"params": each, "weight_decay": decay, **how} for each, decay in decayed if each]:
+        yield AdamW(groups)
     if not blocks:  # an adapter on the head alone
         return
     if config.kind == "muon":

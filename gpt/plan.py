@@ -3,7 +3,6 @@
 The record is written to config.yaml before the first update and obeyed on resume, so a resumed run repeats it.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -143,8 +142,8 @@ def micro_batch(
     found = next((rows for rows in divisors if fits(rows)), 1)
     if 2 * found <= min(n_rows, most) and fits(2 * found):
         note(
-            f"micro_batch: {found}, as {n_rows} rows divide into nothing larger that fits; a train.batch_tokens of "
-            f"{8 * math.ceil(n_rows / 8)} rows has more divisors"
+            f"micro_batch: {found}, though {2 * found} rows would do: it divides the {n_rows} rows that a rank reads in an update "
+            "(train.batch_tokens)"
         )
     return found
 

@@ -119,11 +119,6 @@ class RopeScaling(Settings):
     low_freq_factor: float = Field(1.0, gt=0, description="llama3: pairs that turn less often are divided by factor")
     high_freq_factor: float = Field(4.0, gt=0, description="llama3: pairs that turn more often keep their angle")
 
-    @property
-    def by_length(self) -> bool:
-        """Whether the length of a sequence decides by what angles all its positions turn."""
-        return self.kind == "dynamic"
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "llama3" and self.original_max_seq_len is None:
@@ -133,6 +128,11 @@ class RopeScaling(Settings):
                 f"low_freq_factor ({self.low_freq_factor}) must be below high_freq_factor ({self.high_freq_factor})"
             )
         return self
+
+
+def by_length(scaling: RopeScaling | None) -> bool:
+    """Whether the length of a sequence decides by what angles all its positions turn."""
+    return scaling is not None and scaling.kind == "dynamic"
 
 
 class Rotary(Position):
@@ -147,7 +147,7 @@ class Rotary(Position):
     def __init__(self, rotary_dim: int, max_seq_len: int, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
         self.rotary_dim, self.max_seq_len, self.theta, self.scaling = rotary_dim, max_seq_len, theta, scaling
-        self.grows = scaling is not None and scaling.by_length
+        self.grows = by_length(scaling)
         self.original = (scaling.original_max_seq_len if scaling else None) or max_seq_len
         cos, sin = self.tables(max_seq_len, self.original)
         self.register_buffer("cos", cos, persistent=False)  # (max_seq_len, rotary_dim)

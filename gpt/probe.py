@@ -72,7 +72,7 @@ def timed(call: Callable[[], object], device: str, enough_s: float = ENOUGH_S, m
     found: list[float] = []
     begun = time.perf_counter()
     while len(found) < most and (
-        not found or time.perf_counter() - begun < enough_s or (len(found) < 3 and min(found) < enough_s)
+        not found or time.perf_counter() - begun < enough_s or (len(found) < 3 and min(found) < min(ENOUGH_S, enough_s))
     ):
         start = time.perf_counter()
         call()
@@ -85,6 +85,7 @@ def measured(device: str, dtype: str) -> Rates:
     """Of this machine, in about a third of a second."""
     kind = device.partition(":")[0]
     matmul, n_bytes = matmul_rate(device, dtype), COPIED.get(kind, 1 << 27)
+    n_bytes = min(n_bytes, runtime.free_memory_bytes(device) // 4)  # of a GPU that is in use
     source, target = (torch.ones(n_bytes // 4, device=device) for _ in range(2))
     bandwidth = 2 * n_bytes / timed(lambda: target.copy_(source), device, 0.1)
     small = torch.ones(1, device=device)

@@ -57,7 +57,10 @@ class Profile:
         if self._traced is not None:
             self._traced.stop()
         if kind is None and not self._done:
-            self._say(f"profile: nothing was traced; it takes {WARM_UP + 2 * self.n} updates, here were {self._seen}")
+            takes = (
+                WARM_UP + (4 if self._crowded else 2) * self.n
+            )  # it waits for updates without other work between them
+            self._say(f"profile: nothing was traced; it takes {takes} updates, here were {self._seen}")
 
     def made(self, step: int) -> float:
         """Update `step` was made; seconds that following it took by itself."""

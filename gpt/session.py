@@ -52,7 +52,7 @@ class State:
 
 
 class Examined(FloatingPointError):
-    """A bad update, with its likely cause, what to set and what is kept."""
+    """A bad update, with its likely cause and what to set."""
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Session:
         except Bad as bad:
             finding = self._examine(bad, batch)
             if self.config.numbers.on_bad != "skip" or not self.judge.may_go_on(self.loader.number(step)):
-                raise Examined(f"{finding.text}\n{self._limits(step)}") from None
+                raise Examined(finding.text) from None
             self.judge.bad.append(self.loader.number(step))
             self._tell([finding], step)
             return None
@@ -176,8 +176,10 @@ class Session:
         first, last = self.loader.number(saved + 1), self.loader.number(step)
         limits = self._limits(step)  # all ask here: whoever tells of the error is one of them
         if whole or self.config.numbers.on_bad != "rollback" or not self.judge.may_go_on(last):
-            if isinstance(error, Examined | Elsewhere):
+            if isinstance(error, Elsewhere):
                 raise error
+            if isinstance(error, Examined):
+                raise Examined(f"{error}\n{limits}") from None
             lower = f"name=NEW branch_from={self.run.path}@STEP optim.lr={self.config.optim.lr / 3:.2g}"
             advice = f"{lower}, from a checkpoint before it" if whole else "numbers.on_bad=rollback"
             if not step:  # no update was made yet
@@ -394,7 +396,7 @@ def contents(
 def opening(data: Data, seq_len: int) -> tuple[list[int], set[int]]:
     """What a sample continues, and what ends it: the first prompt of the validation split, or else the start of a text."""
     tokenizer = data.tokenizer
-    for val in (part.val for part in data.parts if part.val.has_spans):
+    for val in (part.val for part in data.parts if part.val.has_spans and part.val.n_tokens):
         start, end = [*val.document_starts[:2].tolist(), val.n_tokens][:2]
         learned = (span for span in val.spans(start, end - start) if span.kind == "train" and span.start > start + 1)
         span = next(learned, None)

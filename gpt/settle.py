@@ -6,8 +6,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +94,7 @@ def check(given: TrainConfig) -> None:
 
 def check_anywhere(given: TrainConfig) -> None:
     """ValueError for what cannot be trained on any machine: an update of parts of rows, tuning without a model."""
-    if given.train.batch_tokens % row_length(given):
-        twice = (
-            "twice data.seq_len, a row of chosen and one of rejected replies"
-            if given.objective.of_pairs
-            else "data.seq_len"
-        )
-        raise ValueError(
-            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of {twice} ({row_length(given)})"
-        )
+    check_batch(given)
     if given.objective.of_pairs and given.init_from is None:
         raise ValueError(
             f"objective.kind={given.objective.kind} teaches a model that can answer which answers are preferred: name it, "
@@ -111,6 +103,16 @@ def check_anywhere(given: TrainConfig) -> None:
     if given.adapter is not None and given.init_from is None:
         raise ValueError(
             "an adapter is trained on a model that is there: name it, init_from: runs/NAME, or set adapter=null"
+        )
+
+
+def check_batch(given: TrainConfig) -> None:
+    """ValueError unless an update is of whole rows."""
+    if given.train.batch_tokens % row_length(given):
+        twice = "twice data.seq_len, a row of chosen and one of rejected replies"
+        of = twice if given.objective.of_pairs else "data.seq_len"
+        raise ValueError(
+            f"train.batch_tokens ({given.train.batch_tokens}) must be a multiple of {of} ({row_length(given)})"
         )
 
 
@@ -165,7 +167,7 @@ def agree(
         open_model = {name: getattr(before.model, name) for name in _filled(given)}
         asked = given.model_copy(update={"model": given.model.model_copy(update=open_model)})
         if stored is not None:
-            config = resume.continued(stored, asked, origin, allow, run.path, unused(given.name))
+            config = resume.continued(stored, asked, origin, allow, run.path, unused(given.name, run.path.parent))
         else:
             config = resume.branched(trunk, asked, origin)
     elif source is not None:
@@ -270,14 +272,19 @@ def base(given: TrainConfig, latest: Path | None) -> hf.Base | None:
     return hf.base_of(latest) if (latest / ADAPTER).exists() else None  # `agree` will say what is wrong
 
 
-def source(given: TrainConfig, data: Data, say: Say, base: hf.Base | None = None) -> GPT | None:
-    """The model of init_from, grown if the data set's tokenizer is its own grown; ValueError if it is another one.
-
-    `base` is the one that an adapter stands on, of which init_from may since name a better checkpoint.
+def begun_from(given: TrainConfig, base: hf.Base | None) -> Callable[[], tuple[Path, str]]:
+    """(the directory of init_from's model, what it is in words), looked up once: of a run that goes on, the best checkpoint may
+    be another one a minute later. An adapter's is `base`.
     """
+    return cache(lambda: resolve(str(given.init_from)) if base is None else (base.path, str(base.path)))
+
+
+def source(given: TrainConfig, data: Data, say: Say, begun: Callable[[], tuple[Path, str]]) -> GPT | None:
+    """The model of init_from, which stands where `begun` says, grown if the data set's tokenizer is its own grown; ValueError
+    if it is another one."""
     if given.init_from is None:
         return None
-    path, what = resolve(given.init_from) if base is None else (base.path, str(base.path))
+    path, what = begun()
     say(f"init_from: {what}")
     model, tokenizer = hf.load(path)
     if tokenizer.sha256 == data.tokenizer.sha256:
@@ -648,12 +655,10 @@ def _choose(
     )
     if train.micro_batch == "auto" and not made:  # one update tells whether memory is as was thought
         fitted = choices.micro_batch
-        worded = (FloatingPointError, MemoryError) if ranks.alone else (FloatingPointError,)  # by the preflight
-        with suppress(*worded):
-            try:
-                fitted, _ = plan.fitting(partial(measure, n=1), choices.micro_batch, choices.compile, say)
-            except torch.OutOfMemoryError:
-                fitted = 1
+        try:
+            fitted, _ = plan.fitting(partial(measure, n=1), choices.micro_batch, choices.compile, say)
+        except torch.OutOfMemoryError:  # of one row: the preflight says so
+            fitted = 1
         choices = choices.model_copy(update={"micro_batch": fitted})
     return choices
 
@@ -710,14 +715,12 @@ def fits(
 
     Gone through only where a count of more than it takes does not fit.
     """
-    found: list[Callable[[int], memory.Need]] = []
+    needs = memory.needs(shape, of)
 
     def so_many(rows: int) -> bool:
         if memory.at_most(shape, of, rows) <= room:
             return True
-        if not found:
-            found.append(memory.needs(shape, of))
-        whole = found[0](rows)
+        whole = needs(rows)
         # What FSDP2 gathers is to come.
         there = whole.weights // (n.shard * n.tensor) + whole.reference if beside else 0
         return division.held(whole, division.portions(shape), n).total - there <= room
@@ -744,9 +747,9 @@ def row_length(config: TrainConfig) -> int:
     return config.data.seq_len * (2 if config.objective.of_pairs else 1)
 
 
-def unused(name: str) -> str:
-    """NAME-2, NAME-3, ...: the first that is free."""
-    return next(candidate for i in itertools.count(2) if not (RUNS / (candidate := f"{name}-{i}")).exists())
+def unused(name: str, runs: Path) -> str:
+    """NAME-2, NAME-3, ...: the first that is free in `runs`."""
+    return next(candidate for i in itertools.count(2) if not (runs / (candidate := f"{name}-{i}")).exists())
 
 
 def names(data: Data) -> str:

@@ -148,7 +148,7 @@ def _train(
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     if fresh:
-        given = given.model_copy(update={"name": team.told(settle.unused(given.name))})
+        given = given.model_copy(update={"name": team.told(settle.unused(given.name, runs))})
         say(f"starting {given.name}; continue it with name={given.name}, without --fresh")
     if given.branch_from is not None and not (runs / given.name).exists():
         resume.trunk(given.branch_from)  # what it cannot begin from leaves no run behind
@@ -163,7 +163,8 @@ def _train(
 
         base = settle.base(given, origin.path)
         wanted = origin.path is None or base is not None or settle.needs_source(given)
-        source = settle.source(given, data, say, base) if wanted else None
+        begun = settle.begun_from(given, base)
+        source = settle.source(given, data, say, begun) if wanted else None
         config = settle.agree(given, run, latest, data, source, origin, allow)
         ends_at = _time_limit(say)
         with _recorded(run, saves, team) as status, _watched(run, config, status, ends_at, team) as watch:
@@ -177,7 +178,7 @@ def _train(
                 settle.check_space(run, saves, given.checkpoint.keep, model, config.optim.ema)
             watch.expect_saves(plan.save_s(plan.n_trained(model), config.optim.ema))
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
-            read_source = partial(settle.source, given, data, lambda line: None, base)
+            read_source = partial(settle.source, given, data, lambda line: None, begun)
             ranks.check()
             objective = settle.objective(config, model, source)
             if ranks.n.in_parts:

@@ -36,6 +36,7 @@ from gpt.data import (
     prefetched,
     validation_batches,
 )
+from gpt.session import opening
 from gpt.shards import Document, Span, TokenSet, write_manifest, write_shard
 from gpt.tokenizer import Tokenizer, train
 
@@ -628,6 +629,30 @@ def test_what_does_not_belong_together_is_refused_with_what_to_do(shelf: Path, t
             open_data(DataConfig(**({"seq_len": 8} | settings)))
     with pytest.raises(FileNotFoundError, match="is not a prepared data set"):
         open_data(DataConfig(mixture={a: 0.5, str(tmp_path): 0.5}))
+
+
+def test_a_source_of_chats_without_held_out_ones_begins_no_sample_and_none_at_all_is_refused(
+    shelf: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(shelf / "a")
+    ids = [tokenizer.start_id, *tokenizer.encode("to be or not to be")]
+    seals: dict[str, Any] = {"vocab_size": tokenizer.size, "tokenizer_sha256": tokenizer.sha256}
+    for name, held_out in (("none", slice(0)), ("one", slice(1, 2))):
+        chats = [Document(ids, 18, source, (Span(1, 7, "prefix"), Span(7, 18, "train"))) for source in (0, 1)]
+        with durable.Directory(tmp_path / name) as directory:
+            parts = {"train": chats, "val": chats[held_out]}
+            splits = {split: [write_shard(directory, f"{split}-0.tok", kept, **seals)] for split, kept in parts.items()}
+            for file, data in tokenizer.files().items():
+                directory.write(file, [data])
+            write_manifest(
+                directory, **seals, start_id=tokenizer.start_id, splits=splits, sources=["x", "y"], settings={}
+            )
+    shares = {"x": 0.5, "y": 0.5}
+    with pytest.raises(ValueError, match="the validation split has 0 tokens"):
+        open_data(DataConfig(path=str(tmp_path / "none"), sources=shares, seq_len=64))
+    opened = open_data(DataConfig(path=str(tmp_path / "one"), sources=shares, seq_len=64))
+    assert [part.val.n_tokens for part in opened.parts] == [0, 19]
+    assert opening(opened, 64)[0] == ids[:7]
 
 
 def test_token_files_of_others_train_where_they_are(shelf: Path, tmp_path: Path) -> None:

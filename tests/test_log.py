@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,9 @@ def test_the_real_wandb_offline_records_a_resumed_run_and_no_secret(opened, tmp_
             log.train(step, tokens=step, **UPDATE)
             log.sample(step, tokens=step, text="some text")
         assert "without it" not in shown.getvalue()
+    until = time.monotonic() + 30  # wandb's own process may still write
+    while b"train/loss" not in next((tmp_path / "wandb").rglob("*.wandb")).read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
     records = [path.read_bytes() for path in files if path.suffix == ".wandb"]
     identity = json.loads((tmp_path / "wandb.json").read_text())["id"]

@@ -211,7 +211,7 @@ def test_targets_of_one_layer_are_counted_in_that_layer() -> None:
     trained = [p for p in real(config, setting(adapter=named)).parameters() if p.requires_grad]
     told = need(config, setting(adapter=named))
     assert told.gradients == 4 * sum(p.numel() for p in trained)
-    assert parameters(config, setting(adapter=named))["adapter"] == sum(p.numel() for p in trained)
+    assert parameters(config, named)["adapter"] == sum(p.numel() for p in trained)
 
 
 def test_checkpointing_keeps_little_of_a_block() -> None:
@@ -265,7 +265,8 @@ def test_documents_in_a_row_and_windows_are_gone_through() -> None:
 
 
 def test_parameters_are_those_of_the_model(config: ModelConfig) -> None:
-    counts = parameters(config, setting(adapter=AdapterConfig(rank=8)))
+    counts = parameters(config, AdapterConfig(rank=8))
+    assert counts == parameters(config, AdapterConfig(rank=8, base_dtype="int8")), "kept otherwise, and as many"
     model = GPT(config)
     assert sum(counts.values()) - counts["adapter"] == sum(p.numel() for p in model.parameters())
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
@@ -278,7 +279,7 @@ def test_a_model_too_large_for_this_machine_is_gone_through_all_the_same() -> No
         vocab_size=128256, max_seq_len=8192, n_layer=80, d_model=8192, n_head=64, n_kv_head=8, d_ff=28672
     )
     told = need(huge, setting(rows=1, seq_len=2048, device="cuda", dtype="bfloat16"))
-    assert told.gradients == 4 * sum(parameters(huge, setting()).values())
+    assert told.gradients == 4 * sum(parameters(huge).values())
     assert told.weights > 260e9
 
 

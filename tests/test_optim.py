@@ -385,6 +385,14 @@ def test_frozen_parameters_have_no_state_and_stay(build: Build) -> None:
     assert len(optimizer.state()) == 3 and optimizer.names[trained] in moved
 
 
+def test_where_muon_has_all_that_is_trained_no_other_rule_has_nothing(build: Build) -> None:
+    """Apple's GPUs refuse an operation on no tensors at all."""
+    model = build().requires_grad_(False)
+    model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(True)
+    walk(model, optimizer := Optimizer(model, OptimConfig(kind="muon")), range(1, 3))
+    assert all(group["params"] for part in optimizer.parts for group in part.param_groups)
+
+
 # Settings
 
 

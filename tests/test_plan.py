@@ -251,18 +251,23 @@ def test_an_automatic_micro_batch_is_the_largest_divisor_that_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "most", "found"), [(127, 10, 1), (122, 10, 2), (128, 10, 8), (12, 7, 6), (7, 7, 7), (3, 2, 1)]
+    ("n_rows", "most", "found", "told"),
+    [
+        (127, 10, 1, True),
+        (122, 10, 2, True),
+        (136, 16, 8, True),
+        (128, 10, 8, False),
+        (12, 7, 6, False),
+        (7, 7, 7, False),
+    ],
 )
-def test_rows_with_few_divisors_are_told_of(n_rows: int, most: int, found: int) -> None:
+def test_rows_with_few_divisors_are_told_of(n_rows: int, most: int, found: int, told: bool) -> None:
     notes: list[str] = []
     assert (
         plan.micro_batch(TrainingConfig(steps=1), n_rows, 64, "cuda", lambda rows: rows <= most, notes.append) == found
     )
-    awkward = {
-        127: "micro_batch: 1, as 127 rows divide into nothing larger that fits; a train.batch_tokens of 128 rows",
-        122: "128 rows",
-    }
-    assert len(notes) == (n_rows in awkward or n_rows == 3) and awkward.get(n_rows, "") in "".join(notes)
+    words = f"micro_batch: {found}, though {2 * found} rows would do: it divides the {n_rows} rows that a rank reads in an update"
+    assert notes == ([f"{words} (train.batch_tokens)"] if told else [])
 
 
 # The machine

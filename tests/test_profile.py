@@ -74,6 +74,8 @@ def test_a_run_that_goes_back_is_followed_anew(tmp_path: Path) -> None:
 def test_a_run_that_is_too_short_says_what_it_takes_and_one_that_fails_does_not(tmp_path: Path) -> None:
     said, _ = followed(4, range(1, 9), tmp_path)
     assert said == [f"profile: nothing was traced; it takes {WARM_UP + 8} updates, here were 8"]
+    said, _ = followed(4, range(1, WARM_UP + 12), tmp_path, lambda step: step % 3 == 0)
+    assert said == [f"profile: nothing was traced; it takes {WARM_UP + 16} updates, here were {WARM_UP + 11}"]
     heard: list[str] = []
     with (
         pytest.raises(KeyError),

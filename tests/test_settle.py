@@ -188,9 +188,18 @@ def start(model_dir: Path, *overrides: str) -> tuple[GPT, TrainConfig, list[str]
     Path("tune.yaml").write_text(SETTINGS.replace("model: {n_layer: 1, d_model: 16, n_head: 2}", ""))
     given = config.load(TrainConfig, Path("tune.yaml"), ["name=tuned", f"init_from={model_dir}", *overrides])
     data = open_data(given.data)
-    model = settle.source(given, data, said.append)
+    model = settle.source(given, data, said.append, settle.begun_from(given, None))
     assert model is not None
     return model, agreed(given, data, model), said
+
+
+def test_where_a_run_begins_is_looked_up_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that it begins from goes on, and may find a better checkpoint."""
+    given = settings("init_from=runs/tiny", "model={}")
+    found = iter((Path(name), name) for name in ("runs/tiny/checkpoints/step_1", "runs/tiny/checkpoints/step_2"))
+    monkeypatch.setattr(settle, "resolve", lambda source: next(found))
+    begun = settle.begun_from(given, None)
+    assert begun() == begun() == (Path("runs/tiny/checkpoints/step_1"), "runs/tiny/checkpoints/step_1")
 
 
 @pytest.fixture
@@ -304,7 +313,7 @@ def test_what_surely_fits_is_not_gone_through_and_the_rest_is_held_against_what_
     given, data = opened()
     shape, of = agreed(given, data).model, settle.setting(given, "cpu", "float32")
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "needs", lambda *_: pytest.fail("gone through"))
+        patch.setattr(memory, "need", lambda *_: pytest.fail("gone through"))
         assert settle.fits(shape, of, 1e12)(64)
     so_many = settle.fits(shape, of, memory.needs(shape, of)(8).total)
     assert so_many(2) and so_many(8) and not so_many(9)

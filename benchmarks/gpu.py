@@ -112,7 +112,7 @@ def fresh(config: ModelConfig, device: str) -> GPT:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.02)
-    return model
+    return model.to(device)  # tables of angles are made on the CPU
 
 
 # An update, as training makes it

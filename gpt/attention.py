@@ -127,25 +127,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     except on the CPU at lengths where writing the scores out is faster (measured: docs/experiments.md), and for one query
     a row that does not see all keys, of which the fused kernels would copy every group's.
     """
+    grouped = q.shape[1] != k.shape[1]
     if mask.spans:
         return torch.cat([attend(q[rows], k[rows, :, :end], v[rows, :, :end], own) for rows, end, own in mask.spans])
     if mask.flex is not None:
-        return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
-    if q.shape[2] == 1 and (q.device.type == "cpu" or mask.allowed is not None):
+        return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=grouped)
+    alone = grouped and q.is_cuda and needs_every_head(q, mask)
+    if q.shape[2] == 1 and (q.device.type == "cpu" or mask.allowed is not None or alone):
         if q.device.type == "cpu" and mask.bias is None and k.shape[0] * k.shape[1] * k.shape[2] <= SHORT:
-            grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # the heads of a group as so many queries
-            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.allowed).view(q.shape)
+            queries = q.view(len(q), k.shape[1], -1, q.shape[-1])  # the heads of a group as so many queries
+            return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.allowed).view(q.shape)
         return written_out(q, k, v, mask)
     if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
         return written_out(q, k, v, mask)
+    if alone:
+        k, v = every_head(q, k, v)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask.allowed if mask.bias is None else _added(mask, q, k),
         is_causal=mask.causal and mask.allowed is None and mask.bias is None,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=grouped and not alone,
     )
+
+
+def needs_every_head(q: Tensor, mask: Mask) -> bool:
+    """Whether torch's fused kernels for GPUs want keys and values for every query head of their own. Flash and cuDNN's share
+    them, in bfloat16 and without a mask; where only the third kernel could go on, torch 2.13 would write all scores out."""
+    return q.dtype != torch.bfloat16 or mask.allowed is not None or mask.bias is not None
+
+
+def every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v (B, G, S, D), those of a group repeated for each of its query heads -> (B, H, S, D)."""
+    times = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

@@ -181,7 +181,7 @@ def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     broken = [
         name
         for name, tensor in weights.items()
-        for part in tensor.detach().reshape(-1).split(max(1, tensor.numel()) if tensor.is_cuda else FINITE)
+        for part in tensor.detach().reshape(-1).split(FINITE if tensor.device.type == "cpu" else max(1, tensor.numel()))
         if not part.sum().isfinite() and not part.isfinite().all()  # a sum may overflow where no number has
     ]
     if broken:

@@ -22,6 +22,7 @@ class Graphs:
         self.tokens = torch.zeros(n_rows, 1, dtype=torch.int64, device=cache.lengths.device)
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.tokens.is_cuda else None
+        self.stream = torch.cuda.Stream() if self.tokens.is_cuda else None  # one, or the graphs do not share the pool
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Logits (n, V) after one more token (n, 1) of each row of `cache`, the first n rows of what this was made with.
@@ -45,8 +46,8 @@ class Graphs:
 
     def _capture(self, n_rows: int, reach: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """The graph of a step and where it leaves its logits. None where the model cannot be captured: no more is then tried."""
-        lengths, before = self.cache.lengths.clone(), torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
+        lengths, before, stream = self.cache.lengths.clone(), torch.cuda.current_stream(), self.stream
+        assert stream is not None
         stream.wait_stream(before)
         with torch.cuda.stream(stream):  # libraries set themselves up in a first pass, which may not be captured
             self._compute(n_rows, reach)

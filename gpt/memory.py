@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpt import adapters, loss, parallel, quantize, runtime
 from gpt.adapters import AdapterConfig
-from gpt.attention import Mask
+from gpt.attention import Mask, every_head, needs_every_head
 from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
 from gpt.model import GPT, ModelConfig
 from gpt.operations import Tally
@@ -140,6 +140,8 @@ class _Fused(torch.autograd.Function):
 
 
 def _fused(calls: Tally, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    if q.shape[1] != k.shape[1] and needs_every_head(q, Mask()):
+        k, v = every_head(q, k, v)
     return _Fused.apply(q, k, v, calls)
 
 

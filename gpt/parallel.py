@@ -247,6 +247,9 @@ def applied(
         objective.vocabulary = Fused() if compile else WHOLE
     if ranks is not None and not (ranks.alone or ranks.canonical or in_parts):
         gc.collect()  # of one that was made before, to measure, the hooks go with it
+        torch._dynamo.config.optimize_ddp = (
+            False  # or blocks are cut for its buckets, which wait for whole blocks anyway
+        )
         forward = DistributedDataParallel(forward, **BUFFERS_STAY, gradient_as_bucket_view=True)
         if not next(objective.parameters()).is_cuda:
             forward.register_comm_hook(ranks.team.size, _averaged)

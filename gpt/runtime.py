@@ -219,7 +219,7 @@ def synchronize(device: str) -> None:
     """Wait for the device; needed around timings."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-    elif device == "mps":
+    elif device.startswith("mps"):
         torch.mps.synchronize()
 
 
@@ -228,8 +228,14 @@ def hush_profiler() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
+def forget_peak(device: str) -> None:
+    """From now on `peak_memory_bytes` of a CUDA device counts anew; a process's counts from its start."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: str) -> int:
-    """Most memory held so far: of the GPU where there is one, else resident memory of the process."""
+    """Most memory held so far: of a CUDA device, else resident memory of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:  # ru_maxrss counts what the process that started this one held
@@ -246,8 +252,8 @@ def free_memory_bytes(device: str) -> int:
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    if device == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if device.startswith("mps"):
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

@@ -145,7 +145,7 @@ class Writer:
     def _fits(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor | Slice]) -> bool:
         """Whether every rank has memory for its copy, beside those of its neighbours, or has it already."""
         given = [*weights.values(), *(_tensor(value) for value in optimizer.values())]
-        more = sum(t.numel() * t.element_size() for t in given) - sum(t.nbytes for t in self._room.values())
+        more = sum(map(_room_of, given)) - sum(map(_room_of, self._room.values()))
         free, each = runtime.free_memory_bytes("cpu"), min(runtime.local_world_size(), self.team.size)
         first = self.team.rank // each * each  # of those on this machine, as torchrun numbers them
         here = sum(self.team.gather(more)[first : first + each])
@@ -181,6 +181,12 @@ class Writer:
         for device in {str(t.device) for t in (*weights.values(), *map(_tensor, optimizer.values()))}:
             runtime.synchronize(device)
         return copied, blocks
+
+
+def _room_of(tensor: Tensor) -> int:
+    """Bytes that a copy takes. Memory that a GPU writes to is given out in powers of two."""
+    n_bytes = tensor.numel() * tensor.element_size()
+    return 1 << (n_bytes - 1).bit_length() if n_bytes and (tensor.is_cuda or tensor.is_pinned()) else n_bytes
 
 
 def _tensor(value: Tensor | Slice) -> Tensor:

@@ -529,6 +529,7 @@ def trial(
     how: dict[str, Any] = {"compile": choices.compile, "checkpointing": config.train.checkpointing}
     forward = parallel.applied(objective, **how, ranks=ranks)
     optimizer = Optimizer(objective.model, config.optim, parts, compile=choices.compile)
+    runtime.forget_peak(choices.device)  # one that did not fit says nothing of this one
     step, start, seconds = 0, time.perf_counter(), list[float]()
     while step < min(n, 2) or told(time.perf_counter() - start < (max(PROBE_S, enough_s) if step < n else enough_s)):
         ranks.check()

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import Build, Tokens
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.attention import Mask, attend, masked, masked_blocks, written_out
+from gpt.attention import Mask, attend, every_head, masked, masked_blocks, written_out
 
 HEADS = [(4, 4), (4, 2), (4, 1)]  # multi-head, grouped, multi-query
 
@@ -34,6 +35,29 @@ def test_attention_is_the_written_formula(H: int, G: int) -> None:
                 weights = torch.stack(past).exp()
                 expected[b, h, t] = (weights / weights.sum()) @ v[b, h * G // H, : t + 1]
     torch.testing.assert_close(attend(q, k, v, Mask()), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("H", "G"), HEADS)
+def test_on_a_gpu_heads_share_keys_where_its_kernels_can_and_have_their_own_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, H: int, G: int
+) -> None:
+    """Else torch would write all scores out. Told from tensors that say they stand on one, and have no numbers."""
+    asked: list[tuple[int, bool]] = []
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool, **how: object) -> Tensor:
+        asked.append((k.shape[1], enable_gqa))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    hidden = Mask(allowed=torch.ones(1, 1, 7, 7, dtype=torch.bool))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for dtype, mask in ((torch.bfloat16, Mask()), (torch.float16, Mask()), (torch.bfloat16, hidden)):
+            q, k, v = (torch.empty(2, n, 7, 8, dtype=dtype, device="cuda") for n in (H, G, G))
+            assert attend(q, k, v, mask).shape == q.shape
+    assert asked == [(G, G != H), (H, False), (H, False)]
+    q, k, v = heads(H, G, 7)
+    ours = attend(q, *every_head(q, k, v), Mask())
+    torch.testing.assert_close(ours, attend(q, k, v, Mask()))
 
 
 def masks(T: int) -> dict[str, tuple[Mask, Tensor]]:

@@ -64,6 +64,12 @@ def benchmark() -> Iterator[types.ModuleType]:
     yield module
 
 
+def test_a_large_model_stands_on_the_device_with_all_that_it_has(benchmark: types.ModuleType) -> None:
+    large = benchmark.ModelConfig(**benchmark.TOY | {"n_layer": benchmark.TOY["n_layer"] + 1, "position": "rotary"})
+    model = benchmark.fresh(large, "meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_an_update_waits_once_for_its_numbers(benchmark: types.ModuleType) -> None:

@@ -77,8 +77,7 @@ class Facts:
     @cached_property
     def flops(self) -> float:
         """Of a token."""
-        reference = self.config.objective.kind == "dpo"
-        return plan.flops_per_token(self.model, self.config.data.seq_len, reference=reference)
+        return plan.flops_per_token(self.model, self.config.data.seq_len, reference=self.config.objective.compares)
 
     @cached_property
     def evaluated(self) -> int:
@@ -203,7 +202,7 @@ def _target(
 
 def _machine(config: TrainConfig) -> tuple[str, str]:
     """(device, dtype): as set, or this machine's; a GPU need not be here, and is taken for one that computes bfloat16."""
-    device = runtime.best_device()[0] if config.train.device == "auto" else config.train.device
+    device = runtime.chosen_device(config.train.device)
     if config.train.dtype != "auto":
         return device, config.train.dtype
     try:
@@ -397,12 +396,7 @@ def _warnings(facts: Facts) -> Iterator[str]:
             f"Muon takes {share:.0%} of an update's arithmetic, the same whatever the batch: set train.batch_tokens to "
             f"{thousands(at_least)} or more, or optim.kind=adamw"
         )
-    for name, times in facts.epochs:
-        if times > settle.REPEATS:
-            yield (
-                f"{name} is read {times:.1f} times; past {settle.REPEATS} repetition teaches much less than new text: add some, "
-                "or lower its share or the steps"
-            )
+    yield from settle.worn(facts.epochs)
     if (
         data is not None
         and not config.objective.of_pairs

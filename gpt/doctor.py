@@ -20,7 +20,7 @@ from gpt.loss import n_terms
 from gpt.optim import Optimizer
 from gpt.places import of_batch, openings
 from gpt.plan import Choices
-from gpt.ranks import ALONE, Forward, Ranks, apart
+from gpt.ranks import Forward, Ranks, apart
 from gpt.schedule import factor, updates
 from gpt.settle import REPEATS, TrainConfig
 from gpt.tokenizer import Tokenizer
@@ -63,8 +63,8 @@ def second_look(
     config: TrainConfig,
     choices: Choices,
     step: int,
-    ranks: Ranks = ALONE,
-    times: float = 1.0,
+    ranks: Ranks,
+    times: float,
 ) -> list[Look]:
     """Compute a batch again, each micro-batch by itself; weights stay, gradients are gone when this returns.
 

@@ -204,8 +204,6 @@ def evaluate(
     Where only some tokens are learned (`shards.Span`), the bytes are those that the learned ones stand for.
     Raises signals.Stopped between batches when asked to stop. `dealt`: by whom batches are computed.
     """
-    was_training = objective.training
-    objective.eval()
     each = limits(parts, config.tokens)
     nats, n_targets, n_bytes = dict.fromkeys(parts, 0.0), 0, dict.fromkeys(parts, 0)
 
@@ -215,15 +213,15 @@ def evaluate(
             total = float(objective(*(x.to(device) for x in batch.given)))
         return [total, len(learned), int(tokenizer.byte_lengths[learned].sum()) if tokens.has_spans else 0]
 
-    for name, tokens in parts.items():
-        batches = validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix)
-        for total, n_learned, n_learned_bytes in dealt(batches, score):
-            nats[name] += total
-            n_targets += int(n_learned)
-            n_bytes[name] += int(n_learned_bytes)
-        if not tokens.has_spans:
-            n_bytes[name] = evaluated_bytes(tokens, each[name])
-    objective.train(was_training)
+    with runtime.evaluating(objective):
+        for name, tokens in parts.items():
+            batches = validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix)
+            for total, n_learned, n_learned_bytes in dealt(batches, score):
+                nats[name] += total
+                n_targets += int(n_learned)
+                n_bytes[name] += int(n_learned_bytes)
+            if not tokens.has_spans:
+                n_bytes[name] = evaluated_bytes(tokens, each[name])
     overall = sum(nats.values())
     if not math.isfinite(overall):
         raise FloatingPointError(f"the validation loss is {overall}: the weights give numbers that are not finite")
@@ -267,8 +265,6 @@ def prefer(
 
     Raises signals.Stopped between batches when asked to stop. `dealt`: by whom batches are computed.
     """
-    was_training = objective.training
-    objective.eval()
     each = limits(parts, config.tokens)
     sums = torch.zeros(4, dtype=torch.float64)  # loss, right ones, margins, pairs
 
@@ -279,11 +275,11 @@ def prefer(
         found = (objective.losses(rewards)[there], margins > 0, margins, there)
         return [float(x.cpu().double().sum()) for x in found]  # not every device has fp64
 
-    for name, tokens in parts.items():
-        batches = validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix)
-        for found in dealt(batches, score):
-            sums += torch.tensor(found, dtype=torch.float64)
-    objective.train(was_training)
+    with runtime.evaluating(objective):
+        for name, tokens in parts.items():
+            batches = validation_batches(tokens, seq_len, batch_rows, each[name], document_mask, prefix)
+            for found in dealt(batches, score):
+                sums += torch.tensor(found, dtype=torch.float64)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the validation loss is {sums[0]}: the weights give numbers that are not finite")
     loss, right, margin, n_pairs = sums.tolist()

@@ -5,7 +5,7 @@ Batch, stream, chat and samples during training all consume it. It reads no file
 
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from gpt.graphs import WORTH, Graphs
 from gpt.inference import PackedLinear
 from gpt.model import GPT, ModelConfig
 from gpt.positions import by_length
-from gpt.runtime import key, lone_thread
+from gpt.runtime import evaluating, key, lone_thread
 from gpt.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "eos", "length"]
@@ -171,7 +171,7 @@ def generate(
     batch = _Batch(model, rows, context, max_tokens, past)
     seen = None if sampling.repetition_penalty == 1 else _seen(model, batch)
 
-    with _eval_mode(model):
+    with evaluating(model):
         logits = batch.read()
         for step in range(max_tokens):
             logits = logits.float()
@@ -338,16 +338,6 @@ def _uniforms(seed: int, n_rows: int, n_steps: int) -> Iterator[Tensor]:
     for start in range(0, n_steps, DRAWN):  # in portions: who sets no limit sets a billion
         n = min(DRAWN, n_steps - start)
         yield from torch.stack([torch.rand(n, generator=generator) for generator in generators], dim=1)[..., None]
-
-
-@contextmanager
-def _eval_mode(model: GPT) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @dataclass(frozen=True)

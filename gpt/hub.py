@@ -351,7 +351,7 @@ def _words(error: Exception, kind: str, repository: str, where: str) -> str | No
         return f"no such {kind} at {where}, or a private one (hf auth login)"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision; leave out what follows the @"
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = signals.reason(error)
     if isinstance(error, errors.HfHubHTTPError):
         return f"{where} did not answer as it should ({first}); run the same command again"
     return f"{where} could not be reached ({first}); run the same command again" if _unreachable(error) else None

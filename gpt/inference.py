@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt import runtime
+from gpt import runtime, signals
 from gpt.model import GPT, Attention, GainFreeRMSNorm, GatedMLP, RMSNorm
 from gpt.positions import Angles
 
@@ -209,5 +209,5 @@ def _unfit(dtype: torch.dtype) -> str:
             if not error < TOLERANCE[dtype]:
                 return f"packed products are wrong here by {float(error):.1e}"
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        return f"this torch cannot ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__})"
+        return f"this torch cannot ({signals.reason(error)})"
     return ""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from gpt import durable
+from gpt import durable, signals
 from gpt.config import Count, Settings
 from gpt.signals import Stopped
 
@@ -335,5 +335,4 @@ class Wandb:
             yield
         except (Exception, SystemExit) as error:
             self._run = None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._note(f"wandb: {reason}; training goes on without it")
+            self._note(f"wandb: {signals.reason(error)}; training goes on without it")

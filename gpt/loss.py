@@ -1,8 +1,9 @@
 """The training objectives around a model: cross-entropy of every target, and preference between replies; the head in chunks.
 
-Materializing all logits costs B * T * V * 10 bytes; a chunk costs a few MiB and is still in cache when its gradient is
-taken. So the loss is its own autograd function: the forward pass computes the gradients too (Liger-Kernel, Hsu et al.
-2024), unless what is made of the numbers decides how much each of them weighs.
+Materializing all logits costs B * T * V * 10 bytes; a chunk costs the same whatever the batch, and the piece of it that is in
+fp32 at once is still in the CPU's cache when its gradient is taken. So the loss is its own autograd function: the forward pass
+computes the gradients too (Liger-Kernel, Hsu et al. 2024), unless what is made of the numbers decides how much each of them
+weighs.
 """
 
 from collections.abc import Callable
@@ -64,6 +65,11 @@ class ObjectiveConfig(Settings):
     @property
     def of_pairs(self) -> bool:
         return self.kind != "next_token"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the model is compared with what it began as."""
+        return self.kind == "dpo"
 
     @property
     def averages(self) -> bool:
@@ -363,3 +369,10 @@ class Preferences(nn.Module):
 
 
 Objective = NextToken | Preferences
+
+
+def around(model: GPT, config: ObjectiveConfig, reference: Reference) -> Objective:
+    """What is minimized, around the model; `reference` gives what it is compared with, where it is."""
+    if not config.of_pairs:
+        return NextToken(model)
+    return Preferences(model, config, reference if config.compares else None)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from gpt import adapters, loss, parallel, quantize, runtime
 from gpt.adapters import AdapterConfig
 from gpt.attention import Mask, every_head, needs_every_head
-from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
+from gpt.loss import ObjectiveConfig
 from gpt.model import GPT, ModelConfig
 from gpt.operations import Tally
 from gpt.optim import OptimConfig, Optimizer
@@ -181,6 +181,11 @@ class Setting:
         default_factory=ObjectiveConfig
     )  # of pairs: a row holds seq_len tokens of each side
 
+    @property
+    def apart(self) -> bool:
+        """Whether what the model is compared with is a model of its own, not itself without its adapter."""
+        return self.objective.compares and self.adapter is None
+
 
 def need(config: ModelConfig, setting: Setting) -> Need:
     """Bytes that an update of a model of this shape takes."""
@@ -277,7 +282,7 @@ def _measured(shape: ModelConfig, setting: Setting) -> Need:
         step=moved.work,
         summed=setting.summed,
         holes=HOLES if setting.device == "cpu" else 0.0,
-        reference=moved.weights if setting.objective.kind == "dpo" and setting.adapter is None else 0,
+        reference=moved.weights if setting.apart else 0,
     )
 
 
@@ -291,13 +296,13 @@ def _passed(shape: ModelConfig, setting: Setting) -> Pass:
     alive = Alive()
     with FakeTensorMode(), _as_on(setting.device):
         model = reference = _dressed(shape, setting.adapter)
-        if setting.objective.kind == "dpo" and setting.adapter is None:
+        if setting.apart:
             reference = GPT(shape).eval().requires_grad_(False)
         written = shape.position == "relative" or shape.prefix_lm  # a bias, or a mask of every pair, needs the scores
         if setting.device.startswith("cuda") and not written:
             for each in (model, reference):
                 each.model.mask = lambda *_: Mask(flex=partial(_fused, alive.calls))  # type: ignore[method-assign]
-        objective = _objective(model, reference, setting)
+        objective = loss.around(model, setting.objective, partial(_frozen, model, reference))
         forward = parallel.applied(objective, compile=False, checkpointing=setting.checkpointing)
         of_pairs = setting.objective.of_pairs
         row = torch.zeros(setting.rows, setting.seq_len * (2 if of_pairs else 1), dtype=torch.int64)
@@ -308,15 +313,6 @@ def _passed(shape: ModelConfig, setting: Setting) -> Pass:
             activations = alive.now
             nats.backward()
         return Pass(activations, alive.peak - activations, alive.calls)
-
-
-def _objective(model: GPT, reference: GPT, setting: Setting) -> Objective:
-    """What is minimized, as `settle.objective` puts it around the model."""
-    if not setting.objective.of_pairs:
-        return NextToken(model)
-    if setting.objective.kind == "simpo":
-        return Preferences(model, setting.objective, None)
-    return Preferences(model, setting.objective, partial(_frozen, model, reference))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from gpt import signals
 from gpt.loss import WHOLE, NextToken, Objective, Preferences, Whole
 from gpt.model import BLOCKS, GPT, ModelConfig, gelu_by_sigmoid, gelu_tanh
 from gpt.ranks import Forward, Ranks, is_divided
@@ -307,7 +308,7 @@ def hiding_kernel(model: GPT) -> tuple[str, str]:
             NextToken(model)(ids, ids, ids, torch.arange(n_tokens, device=device_of)[None] // 100).backward()
     except (RuntimeError, ImportError, ValueError) as error:
         model.model.flex = None
-        return "dense", f"a mask of every pair: FlexAttention failed here: {_reason(error)}"
+        return "dense", f"a mask of every pair: FlexAttention failed here: {signals.reason(error)}"
     finally:
         model.zero_grad(set_to_none=True)
     return "flex", "FlexAttention, which skips what the mask hides"
@@ -347,7 +348,7 @@ def fused_kernel(config: ModelConfig, device: str, dtype: torch.dtype, seq_len: 
             seconds[kernel] = _timed_attention(kernel, shape, device, dtype)
             whys.append(f"{kernel} {1000 * seconds[kernel]:.2f} ms")
         except (RuntimeError, ValueError) as error:
-            whys.append(f"{kernel} failed: {_reason(error)}")
+            whys.append(f"{kernel} failed: {signals.reason(error)}")
     told = f"{', '.join(whys)} forwards and backwards"
     if not seconds:
         return "any", told
@@ -386,7 +387,3 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> list[Tensor]:
     """Causal attention and the gradients of its inputs."""
     answer = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return [answer, *torch.autograd.grad(answer, (q, k, v), slope)]
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

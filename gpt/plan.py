@@ -150,31 +150,26 @@ def micro_batch(
 
 def choose(
     config: TrainingConfig,
+    first: Choices,
     *,
-    rows: int,
-    device: str,
-    dtype: str,
-    threads: int,
-    data: str,
-    attention: str = "dense",
-    fused: Literal["any", "flash", "cudnn"] = "any",
     once: Callable[[float], float],
     extra: Callable[[float], float],
     elapsed: Callable[[], float],
     measure: Measure,
     note: Callable[[str], None],
-    missing: str | None = None,
+    missing: str | None,
 ) -> Choices:
-    """Settle micro-batch, compilation and steps, measuring an update only where a choice depends on it.
+    """`first` with micro-batch (its own at most), compilation and steps settled; an update is measured only where one of
+    them depends on it.
 
     `extra(seconds per update)` are the seconds a step costs on average beside its update, `once(seconds per update)` those
     of the run's beginning and end; `elapsed()` is what a time budget has lost already. `missing` is why nothing can be
     compiled here for a CPU, or None.
     """
     timed = config.time is not None
-    compiled = config.compile if isinstance(config.compile, bool) else device.startswith("cuda")
-    seconds, eager_s = 0.0, 0.0
-    if config.compile == "auto" and device == "cpu":
+    compiled = config.compile if isinstance(config.compile, bool) else first.device.startswith("cuda")
+    rows, seconds, eager_s = first.micro_batch, 0.0, 0.0
+    if config.compile == "auto" and first.device == "cpu":
         if not timed:
             rows, eager_s = fitting(measure, rows, False, note)
         fitted = rows
@@ -190,8 +185,7 @@ def choose(
         except (RuntimeError, ImportError) as error:
             if signals.lost(error):  # no fault of the compiler's
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            note(f"compile: no, running eagerly (it failed: {reason})")
+            note(f"compile: no, running eagerly (it failed: {signals.reason(error)})")
             compiled, seconds = False, 0.0
         if 0 < eager_s < seconds:
             note(f"compile: no, running eagerly (an update takes {seconds:.3g} s compiled, {eager_s:.3g} s as it is)")
@@ -204,20 +198,8 @@ def choose(
         steps = max(1, int(left / (seconds + extra(seconds))))
         note(f"budget: {config.time:.0f} s are {steps} steps at {1000 * seconds:.0f} ms")
     settled = {"compile": compiled, "micro_batch": rows}
-    return Choices(
-        fallbacks={n: asked for n, value in settled.items() if (asked := getattr(config, n)) not in ("auto", value)},
-        device=device,
-        dtype=dtype,
-        compile=compiled,
-        micro_batch=rows,
-        threads=threads,
-        steps=steps,
-        data=data,
-        attention=attention,
-        fused=fused,
-        torch=runtime.torch_version(),
-        cpu=runtime.cpu_kind(),
-    )
+    missed = {name: asked for name, value in settled.items() if (asked := getattr(config, name)) not in ("auto", value)}
+    return first.model_copy(update={**settled, "steps": steps, "fallbacks": missed})
 
 
 def fitting(measure: Measure, rows: int, compiled: bool, note: Callable[[str], None]) -> tuple[int, float]:

@@ -104,11 +104,10 @@ class Preflight:
         try:
             return settle.trial(config, choices, objective, loader, update, 1, 0.0, parts)[1]
         except (MemoryError, torch.OutOfMemoryError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             less = "a smaller train.micro_batch, " if choices.micro_batch > 1 else ""
             raise torch.OutOfMemoryError(
-                f"an update of {choices.micro_batch} rows of {settle.row_length(config)} tokens a pass does not fit ({reason}): "
-                f"{less}train.checkpointing=full or a smaller model; --plan shows what fits"
+                f"an update of {choices.micro_batch} rows of {settle.row_length(config)} tokens a pass does not fit "
+                f"({signals.reason(error)}): {less}train.checkpointing=full or a smaller model; --plan shows what fits"
             ) from None
 
 

@@ -94,6 +94,11 @@ def cpu_flags() -> set[str]:
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
+def chosen_device(asked: str) -> str:
+    """The device as asked for, or the best one here for "auto"."""
+    return best_device()[0] if asked == "auto" else asked
+
+
 def best_dtype(device: str) -> tuple[str, str]:
     """The fastest dtype for matrix products on `device` that trains safely, and why."""
     if device.startswith("cuda"):
@@ -221,6 +226,17 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
     elif device.startswith("mps"):
         torch.mps.synchronize()
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Within it `module` computes without dropout; then it is in the mode that it was in."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def hush_profiler() -> None:

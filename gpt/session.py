@@ -235,8 +235,8 @@ class Session:
 
     def flops(self) -> float:
         """This rank's share of an update's FLOPs."""
-        reference, seq_len = self.config.objective.kind == "dpo", self.config.data.seq_len
-        each = plan.flops_per_token(self.objective.model, seq_len, reference=reference)
+        compares, seq_len = self.config.objective.compares, self.config.data.seq_len
+        each = plan.flops_per_token(self.objective.model, seq_len, reference=compares)
         return each * self.config.train.batch_tokens / self.team.size
 
     def disturbed(self, step: int) -> bool:

@@ -24,7 +24,7 @@ from gpt.data import Batch, Data, DataConfig, Loader, Packed, Pairs
 from gpt.evaluate import EvalConfig, evaluated, views
 from gpt.judge import NumbersConfig
 from gpt.log import LogConfig
-from gpt.loss import NextToken, Objective, ObjectiveConfig, Preferences
+from gpt.loss import Objective, ObjectiveConfig, around
 from gpt.model import GPT, ModelConfig, initial_weights
 from gpt.optim import OptimConfig, Optimizer
 from gpt.parts import Parts
@@ -121,7 +121,7 @@ def _check_ranks(given: TrainConfig, n: Sizes, world: int) -> None:
     micro_batch = None if given.train.micro_batch == "auto" or world == 1 else given.train.micro_batch
     if not given.parallel.canonical:  # which takes micro-batches as they come
         check_rows(n, rows(given), row_length(given), micro_batch)
-    device = runtime.best_device()[0] if given.train.device == "auto" else given.train.device
+    device = runtime.chosen_device(given.train.device)
     if given.parallel.canonical and device != "cpu":
         raise ValueError(f"parallel.canonical repeats bytes on the CPU alone, this is {device}: set train.device=cpu")
     if world > 1 and device == "mps":
@@ -279,7 +279,7 @@ def begun_from(given: TrainConfig, base: hf.Base | None) -> Callable[[], tuple[P
     return cache(lambda: resolve(str(given.init_from)) if base is None else (base.path, str(base.path)))
 
 
-def source(given: TrainConfig, data: Data, say: Say, begun: Callable[[], tuple[Path, str]]) -> GPT | None:
+def source(given: TrainConfig, data: Data, begun: Callable[[], tuple[Path, str]], say: Say) -> GPT | None:
     """The model of init_from, which stands where `begun` says, grown if the data set's tokenizer is its own grown; ValueError
     if it is another one."""
     if given.init_from is None:
@@ -413,27 +413,18 @@ def fill(
 
 def objective(config: TrainConfig, model: GPT, source: GPT | None) -> Objective:
     """What is minimized, around the model; `source` becomes the frozen reference where it needs one of its own."""
-    chosen = config.objective
-    if not chosen.of_pairs:
-        return NextToken(model)
-    if chosen.kind == "simpo":
-        return Preferences(model, chosen, None)
-    if config.adapter is not None:
-        return Preferences(model, chosen, partial(_without_adapter, model))
-    assert source is not None
-    return Preferences(model, chosen, partial(_frozen, source.to(device(config)).requires_grad_(False), model))
+    reference = partial(_without_adapter, model)
+    if needs_source(config):
+        assert source is not None
+        reference = partial(_frozen, source.to(device(config)).requires_grad_(False), model)
+    return around(model, config.objective, reference)
 
 
 @contextmanager
 def _without_adapter(model: GPT) -> Iterator[GPT]:
     """`model` as its adapter found it, without dropout; afterwards it is as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with adapters.off(model):
-            yield model
-    finally:
-        model.train(training)
+    with runtime.evaluating(model), adapters.off(model):
+        yield model
 
 
 @contextmanager
@@ -445,7 +436,7 @@ def _frozen(reference: GPT, model: GPT) -> Iterator[GPT]:
 
 def needs_source(given: TrainConfig) -> bool:
     """Whether the model of init_from is looked at in every step."""
-    return given.objective.kind == "dpo" and given.adapter is None
+    return given.objective.compares and given.adapter is None
 
 
 def _seal(source: GPT) -> str:
@@ -557,8 +548,9 @@ def _meant(error: Exception, choices: Choices, ranks: Ranks) -> Exception | None
             return torch.OutOfMemoryError(str(error))
         return MemoryError(f"{error}; ranks cannot look for what fits: set a smaller train.micro_batch")
     if choices.compile and not ranks.alone and not signals.lost(error):
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return ValueError(f"compiling failed ({reason}): ranks cannot fall back alone, set train.compile=false")
+        return ValueError(
+            f"compiling failed ({signals.reason(error)}): ranks cannot fall back alone, set train.compile=false"
+        )
     return None
 
 
@@ -574,15 +566,21 @@ def _report(data: Data, loader: Loader, steps: int, say: Say) -> None:
             say(
                 f"  {part.name}: {part.weight / total:.1%} of what is read, {part.n_tokens:,} tokens, {times:.1f} epochs"
             )
-    for name, times in epochs:
-        if times > REPEATS:
-            say(
-                f"warning: {name} is read {times:.1f} times; past {REPEATS} repetition teaches much less than new text: "
-                "add some, or lower its share or the steps"
-            )
+    for line in worn(epochs):
+        say(f"warning: {line}")
     for part, order in zip(data.parts, loader.orders, strict=True):
         if isinstance(order, Packed | Pairs):
             say(f"packing: {part.name}: {order.told}")
+
+
+def worn(epochs: Sequence[tuple[str, float]]) -> Iterator[str]:
+    """What is read so often that it teaches little, in words."""
+    for name, times in epochs:
+        if times > REPEATS:
+            yield (
+                f"{name} is read {times:.1f} times; past {REPEATS} repetition teaches much less than new text: add some, or "
+                "lower its share or the steps"
+            )
 
 
 def _choose(
@@ -614,19 +612,7 @@ def _choose(
         say(f"attention: {fused} ({why})")
 
     def measure(micro_batch: int, compile: bool, n: int = PROBE_UPDATES) -> float:
-        choices = Choices(
-            device=device,
-            dtype=dtype,
-            threads=n_threads,
-            micro_batch=micro_batch,
-            compile=compile,
-            steps=PROBE_UPDATES,
-            data=data.fingerprint,
-            attention=attention,
-            fused=fused,
-            torch=runtime.torch_version(),
-            cpu=runtime.cpu_kind(),
-        )
+        choices = first.model_copy(update={"micro_batch": micro_batch, "compile": compile})
         made.clear()  # its memory is the next one's
         enough_s = PROBE_SHARE * (config.train.time or 0)
         seconds, optimizer = trial(config, choices, objective, loader, update, n, enough_s, parts)
@@ -638,15 +624,22 @@ def _choose(
     if config.parallel.canonical:  # what ranks and machines have no say in
         train = train.model_copy(update={"compile": False if train.compile == "auto" else train.compile})
         share = rows(config)
-    choices = plan.choose(
-        train,
-        rows=min(ranks.team.gather(_rows_that_fit(config, train, model, ranks, share, device, dtype, say))),
+    first = Choices(
         device=device,
         dtype=dtype,
         threads=n_threads,
+        micro_batch=min(ranks.team.gather(_rows_that_fit(config, train, model, ranks, share, device, dtype, say))),
+        compile=False,
+        steps=PROBE_UPDATES,
         data=data.fingerprint,
         attention=attention,
         fused=fused,
+        torch=runtime.torch_version(),
+        cpu=runtime.cpu_kind(),
+    )
+    choices = plan.choose(
+        train,
+        first,
         once=lambda seconds: once_s(config, n_evaluated, plan.n_trained(model), seconds),
         extra=lambda seconds: aside_s(config, n_evaluated, plan.n_trained(model), seconds),
         elapsed=lambda: told(elapsed()),

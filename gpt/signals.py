@@ -212,6 +212,11 @@ def secondary(error: BaseException) -> bool:
     return lost(error) or getattr(type(error), "elsewhere", False) is True
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error, for a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def explain(error: BaseException, code: int) -> str:
     """An error for people: what happened and what to do, each further line under the first."""
     text = str(error) or type(error).__name__
@@ -219,11 +224,11 @@ def explain(error: BaseException, code: int) -> str:
         name = str(error.filename)
         text = f"{name[:60] + '...' if error.errno == errno.ENAMETOOLONG else name}: {error.strerror}"
     if secondary(error):
-        rank, first = os.environ.get("RANK", "0"), (text.strip() or type(error).__name__).splitlines()[0]
+        rank = os.environ.get("RANK", "0")
         if code == PREEMPTED:
             return f"rank {rank}: stopped with the others"
         told = "a rank that does not answer" if lost(error) else "another one's error"
-        return f"rank {rank}: ended by {told} ({first[:200]})"
+        return f"rank {rank}: ended by {told} ({reason(error)})"
     if code == PREEMPTED:
         return "stopped" if isinstance(error, KeyboardInterrupt) else text
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "gpt":

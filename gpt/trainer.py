@@ -108,7 +108,7 @@ def train(
     resume.check_allowed(TrainConfig, allow)
     data = open_data(given.data)
     signals.check()
-    device = runtime.best_device()[0] if given.train.device == "auto" else given.train.device
+    device = runtime.chosen_device(given.train.device)
     runtime.check_device(device)
     with Team.joined(PATIENCE_S + wait_lock, device) as team:
         n = sizes(given.parallel, team.size)
@@ -163,8 +163,8 @@ def _train(
 
         base = settle.base(given, origin.path)
         wanted = origin.path is None or base is not None or settle.needs_source(given)
-        begun = settle.begun_from(given, base)
-        source = settle.source(given, data, say, begun) if wanted else None
+        read_source = partial(settle.source, given, data, settle.begun_from(given, base))
+        source = read_source(say) if wanted else None
         config = settle.agree(given, run, latest, data, source, origin, allow)
         ends_at = _time_limit(say)
         with _recorded(run, saves, team) as status, _watched(run, config, status, ends_at, team) as watch:
@@ -178,13 +178,12 @@ def _train(
                 settle.check_space(run, saves, given.checkpoint.keep, model, config.optim.ema)
             watch.expect_saves(plan.save_s(plan.n_trained(model), config.optim.ema))
             loader = Loader(data, config.data, settle.rows(config), config.seed, prefix=config.model.prefix_lm)
-            read_source = partial(settle.source, given, data, lambda line: None, begun)
             ranks.check()
             objective = settle.objective(config, model, source)
             if ranks.n.in_parts:
                 parallel.in_parts(objective, ranks, settle.device(config))
             parts = Parts(ranks, model)
-            fill = partial(settle.fill, model, parts, config, read_source=read_source)
+            fill = partial(settle.fill, model, parts, config, read_source=partial(read_source, lambda line: None))
             made = partial(contents, parts=parts, data=data, base=base)
             rehearse = partial(preflight.rehearse, objective, loader, update, state, made, parts)
             first = partial(fill, origin.path)

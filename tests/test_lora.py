@@ -456,7 +456,7 @@ def test_the_frozen_base_is_the_source_s_own_memory(here: Path) -> None:
     given = settings()
     data = open_data(given.data)
     base = settle.base(given, None)
-    source = settle.source(given, data, lambda line: None, settle.begun_from(given, base))
+    source = settle.source(given, data, settle.begun_from(given, base), lambda line: None)
     assert base is not None and source is not None
     asked = given.model_copy(update={"model": source.config.model_copy(update={"dropout": 0.1})})
     model = settle.build(asked, source, lambda line: None)

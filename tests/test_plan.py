@@ -48,11 +48,17 @@ class Machine:
     ) -> Choices:
         return choose(
             TrainingConfig(**settings),  # type: ignore[arg-type]
-            rows=rows,
-            device=device,
-            dtype="float32",
-            threads=2,
-            data="fingerprint",
+            Choices(
+                device=device,
+                dtype="float32",
+                threads=2,
+                micro_batch=rows,
+                compile=False,
+                steps=1,
+                data="fingerprint",
+                torch=runtime.torch_version(),
+                cpu=runtime.cpu_kind(),
+            ),
             once=once,
             extra=extra,
             elapsed=lambda: elapsed,

@@ -188,7 +188,7 @@ def start(model_dir: Path, *overrides: str) -> tuple[GPT, TrainConfig, list[str]
     Path("tune.yaml").write_text(SETTINGS.replace("model: {n_layer: 1, d_model: 16, n_head: 2}", ""))
     given = config.load(TrainConfig, Path("tune.yaml"), ["name=tuned", f"init_from={model_dir}", *overrides])
     data = open_data(given.data)
-    model = settle.source(given, data, said.append, settle.begun_from(given, None))
+    model = settle.source(given, data, settle.begun_from(given, None), said.append)
     assert model is not None
     return model, agreed(given, data, model), said
 

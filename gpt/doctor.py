@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gpt import parallel, runtime, signals
+from gpt import parallel, signals
 from gpt.data import IGNORED, Batch, Loader
 from gpt.judge import Bad, Spike
 from gpt.loss import n_terms
@@ -77,10 +76,8 @@ def second_look(
         """(i, loss by target of micro-batch i, what has gradients that are not finite)."""
         signals.beat()
         optimizer.drop()
-        torch.manual_seed(runtime.key(config.seed, step, ranks.draws("dropout"), i))
         with parallel.preferring(choices.fused), apart(forward):
-            with runtime.autocast(choices.device, choices.dtype):
-                nats = forward(*(x.to(choices.device) for x in parts[i]))
+            nats = ranks.nats(forward, parts[i], choices, config.seed, step, i)
             (nats / n * times).backward()
         optimizer.here.take()
         rows = len(parts[i][0])

@@ -19,10 +19,11 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt import signals
+from gpt import runtime, signals
 from gpt.config import Settings
 from gpt.model import ModelConfig
 from gpt.optim import Optimizer
+from gpt.plan import Choices
 from gpt.team import Team
 
 if TYPE_CHECKING:  # it takes a second to import, and of one process there is none
@@ -217,11 +218,16 @@ class Ranks:
             self._stopping = True
             raise signals.Stopped(f"stopped by {stop}; run the same command again to continue")
 
-    def draws(self, purpose: str) -> str:
-        """The purpose of random numbers that hide columns: ranks that divide the positions of a row hide different ones."""
-        return f"{purpose}/{self.at.tensor}" if self.at.tensor else purpose
-
     # One update
+
+    def nats(self, forward: Forward, given: Iterable[Tensor], choices: Choices, seed: int, step: int, i: int) -> Tensor:
+        """What `forward` makes of micro-batch `i` of update `step`, with dropout of its own and products in the run's dtype."""
+        hides = (
+            f"dropout/{self.at.tensor}" if self.at.tensor else "dropout"
+        )  # those that divide a row's positions, others
+        torch.manual_seed(runtime.key(seed, step, hides, i))
+        with runtime.autocast(choices.device, choices.dtype):
+            return forward(*(x.to(choices.device, non_blocking=True) for x in given))
 
     def total(
         self, forward: Forward, optimizer: Optimizer, n_micro: int, share: Callable[[int, float], Tensor]

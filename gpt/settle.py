@@ -150,17 +150,15 @@ def check_parts(given: TrainConfig, n: Sizes) -> None:
 def agree(
     given: TrainConfig,
     run: RunDirectory,
-    latest: Path | None,
     data: Data,
     source: GPT | None,
-    origin: Origin | None = None,
+    origin: Origin,
     allow: Sequence[str] = (),
 ) -> TrainConfig:
     """The run's settings, the model's filled in: `given`, where it agrees with what the run, or its trunk, was started with.
 
     What differs may be free, or named in `allow`; ValueError with the other differences and what to run instead.
     """
-    origin = resume.origin(given, latest) if origin is None else origin
     stored = resume.stored(given, run.config_path, origin)
     trunk = settings.load(TrainConfig, origin.path / SETTINGS) if stored is None and origin.path is not None else None
     if (before := stored or trunk) is not None:
@@ -461,8 +459,8 @@ def settle(
     update: Update,
     elapsed: Callable[[], float],
     say: Say,
-    parts: Parts | None = None,
-    rehearse: Rehearse | None = None,
+    parts: Parts,
+    rehearse: Rehearse,
 ) -> TrainConfig:
     """The settings with every choice made; `fill` has given the model its weights when this returns.
 
@@ -470,7 +468,6 @@ def settle(
     `rehearse` may use the weights before that, with the optimizer of the last of those updates; it says whether they moved.
     Rank 0 chooses, and tells the others.
     """
-    parts = parts or Parts(Ranks(), objective.model)
     fill()
     reference = _seal(source) if source is not None and needs_source(config) else None
     made: list[Optimizer] = []
@@ -486,8 +483,7 @@ def settle(
     elif choices.attention == "flex":
         parallel.flexible(objective.model)
     moved, config = config.choices is None, config.model_copy(update={"choices": choices})
-    if rehearse is not None:
-        moved |= rehearse(config, made[-1] if made else None)
+    moved |= rehearse(config, made[-1] if made else None)
     made.clear()
     if moved:
         fill()

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -62,9 +61,7 @@ def update(
     parts = list(zip(*(x.split(choices.micro_batch) for x in batch.given), strict=True))
 
     def share(i: int, factor: float) -> Tensor:
-        torch.manual_seed(runtime.key(config.seed, step, ranks.draws("dropout"), i))
-        with runtime.autocast(choices.device, choices.dtype):
-            nats = forward(*(x.to(choices.device, non_blocking=True) for x in parts[i]))
+        nats = ranks.nats(forward, parts[i], choices, config.seed, step, i)
         (nats / n * (factor if scale is None else factor * scale.value)).backward()
         return nats.detach() / n
 
@@ -165,7 +162,7 @@ def _train(
         wanted = origin.path is None or base is not None or settle.needs_source(given)
         read_source = partial(settle.source, given, data, settle.begun_from(given, base))
         source = read_source(say) if wanted else None
-        config = settle.agree(given, run, latest, data, source, origin, allow)
+        config = settle.agree(given, run, data, source, origin, allow)
         ends_at = _time_limit(say)
         with _recorded(run, saves, team) as status, _watched(run, config, status, ends_at, team) as watch:
             ranks.check()

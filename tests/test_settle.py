@@ -10,13 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from gpt import config, division, growth, hf, memory, runtime, settle, tokenizer, trainer
+from gpt import config, division, growth, hf, memory, resume, runtime, settle, tokenizer, trainer
 from gpt.data import Data, Loader, open_data
 from gpt.durable import CorruptError
 from gpt.loss import NextToken
 from gpt.model import GPT, init_weights
+from gpt.parts import Parts
 from gpt.plan import Choices
-from gpt.ranks import Sizes
+from gpt.ranks import Ranks, Sizes
 from gpt.run import RunDirectory
 from gpt.settle import TrainConfig
 from gpt.tokenizer import Tokenizer
@@ -91,7 +92,7 @@ def opened(*overrides: str) -> tuple[TrainConfig, Data]:
 
 
 def agreed(given: TrainConfig, data: Data, source: GPT | None = None) -> TrainConfig:
-    return settle.agree(given, RunDirectory(Path("runs"), given.name), None, data, source)
+    return settle.agree(given, RunDirectory(Path("runs"), given.name), data, source, resume.origin(given, None))
 
 
 def chosen(data: Data, **others: object) -> Choices:
@@ -123,12 +124,12 @@ def test_several_ranks_are_not_sent_to_one_apple_gpu(here: Path, monkeypatch: py
 def test_other_shares_of_a_mixture_are_another_run(here: Path) -> None:
     given, data = opened(*MIXTURE)
     run = RunDirectory(Path("runs"), "tiny")
-    first = settle.agree(given, run, None, data, None).model_copy(update={"choices": chosen(data)})
+    first = agreed(given, data).model_copy(update={"choices": chosen(data)})
     run.config_path.write_text(config.dump(first))
-    assert settle.agree(given, run, None, data, None) == first
+    assert agreed(given, data) == first
     other = settings("data.path=null", "data.mixture={data/cats: 0.5, data/dogs: 0.5}")
     with pytest.raises(ValueError, match=r"(?s)data.mixture.data/cats: 0.75 -> 0.5.*name=NEW.*--fresh"):
-        settle.agree(other, run, None, data, None)
+        agreed(other, data)
 
 
 def test_a_mixture_of_other_contents_is_refused_on_resume(here: Path, vocabulary: Tokenizer) -> None:
@@ -270,9 +271,9 @@ def said_of(*overrides: str) -> list[str]:
     def update(*_: object) -> None:
         raise AssertionError("nothing is measured where everything is chosen")
 
-    settle.settle(
-        ready, NextToken(model), None, lambda: init_weights(model, 1), data, loader, update, lambda: 0.0, lines.append
-    )
+    fill, elapsed, parts = lambda: init_weights(model, 1), lambda: 0.0, Parts(Ranks(), model)
+    rehearse = lambda config, optimizer: False  # noqa: E731
+    settle.settle(ready, NextToken(model), None, fill, data, loader, update, elapsed, lines.append, parts, rehearse)
     return lines
 
 

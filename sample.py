@@ -250,10 +250,10 @@ def answer(
     from gpt.generate import complete
 
     context, now = model.config.max_seq_len or 0, datetime.now()
-    said = ""
+    said, kept = "", Conversation(tuple(asked))
     try:
         room = context - min(args.max_tokens, context // 2)
-        kept = drop_oldest(tokenizer, Conversation(tuple(asked)), room, now=now)
+        kept = drop_oldest(tokenizer, kept, room, now=now)
         if n_dropped := len(asked) - len(kept.messages):
             note(f"(the oldest {n_dropped} messages no longer fit the context of {context} tokens: dropped)")
         prompt = encode(tokenizer, kept, reply=True, now=now).ids
@@ -278,6 +278,8 @@ def answer(
         return None
     except KeyboardInterrupt:
         note(" (stopped)")
+        if not said:
+            return None
     print()
     return [*kept.messages, {"role": "assistant", "content": said}]
 

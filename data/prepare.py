@@ -16,6 +16,12 @@ from gpt import signals  # isort: skip  (before what takes long to import: a sto
 
 import argparse
 import json
+import re
+
+
+def unescaped(text: str) -> str:
+    r"""A text of the command line, in which \n and \t are written out: a shell leaves them as they are."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -29,13 +35,17 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the data set to make, for example data/mine")
     parser.add_argument("--field", metavar="KEY", help="the field or column that holds the text; text by default")
-    parser.add_argument("--template", metavar="TEXT", help="the text made of several fields: '{title}\\n{body}'")
+    parser.add_argument(
+        "--template", metavar="TEXT", type=unescaped, help="the text made of several fields: '{title}\\n{body}'"
+    )
     spoken = parser.add_mutually_exclusive_group()
     spoken.add_argument(
         "--chat", action="store_true", help="records are conversations; the assistant's turns are learned"
     )
     spoken.add_argument("--preference", action="store_true", help="records are pairs: chosen and rejected answers")
-    parser.add_argument("--separator", metavar="TEXT", help="what parts the documents of a file; else each is one")
+    parser.add_argument(
+        "--separator", metavar="TEXT", type=unescaped, help="what parts the documents of a file; else each is one"
+    )
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
         "--vocab-size", metavar="N", help="entries of the tokenizer to train; follows the corpus by default"
@@ -89,18 +99,22 @@ def main(argv: list[str]) -> None:
             "name what to read: python data/prepare.py INPUT... --out data/NAME, or a recipe: data/quickstart.yaml"
         )
     named = ("vocab_size", "tokenizer", "grow", "add_tokens", "val_fraction", "duplicates", "on_bad_record", "workers")
-    changes = [f"{name}={json.dumps(text)}" for name in named if (text := getattr(args, name)) is not None]
+    changes = [
+        f"{name}={json.dumps(text, ensure_ascii=False)}" for name in named if (text := getattr(args, name)) is not None
+    ]
+    ways = ("field", "template", "separator", "chat", "preference")
+    options = {name: value for name in ways if (value := getattr(args, name)) not in (None, False)}
     if args.input[0].endswith((".yaml", ".yml")):
+        if options:
+            raise ValueError(f"--{next(iter(options))} belongs into the recipe, beside the path of the input it is for")
         recipe = Path(args.input[0])
         settings = prepare.load_recipe(recipe, [*args.input[1:], *changes])
         out = args.out or recipe.with_suffix("")
     elif args.out is None:
         raise ValueError(f"name the data set to make: python data/prepare.py {' '.join(args.input)} --out data/NAME")
     else:
-        ways = ("field", "template", "separator", "chat", "preference")
-        options = {name: value for name in ways if (value := getattr(args, name)) not in (None, False)}
         inputs = [{**as_source(text), **options} for text in args.input]
-        settings = config.load(PrepareConfig, None, [f"input={json.dumps(inputs)}", *changes])
+        settings = config.load(PrepareConfig, None, [f"input={json.dumps(inputs, ensure_ascii=False)}", *changes])
         out = args.out
     if args.part is not None:
         part, n_parts = fraction(args.part)

@@ -146,7 +146,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         q,
         k,
         v,
-        attn_mask=mask.allowed if mask.bias is None else _added(mask, q, k),
+        attn_mask=mask.allowed if mask.bias is None else _added(mask, q),
         is_causal=mask.causal and mask.allowed is None and mask.bias is None,
         enable_gqa=grouped and not alone,
     )
@@ -191,7 +191,7 @@ def _products(rows: Tensor, k: Tensor) -> Tensor:
     return rows @ k.mT if rows.shape[2] > FEW else (k @ rows.mT).mT.contiguous()
 
 
-def _added(mask: Mask, q: Tensor, k: Tensor) -> Tensor:
+def _added(mask: Mask, q: Tensor) -> Tensor:
     """All of the mask as one tensor to add to the scores."""
     assert mask.bias is not None
     bias = mask.bias.to(q.dtype)

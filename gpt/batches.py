@@ -208,6 +208,8 @@ def _validation(data: Data, how: Order, step: int, n_rows: int) -> Iterator[Bloc
     seq_len, left = how.data.seq_len, step - 1
     for part in data.parts:
         tokens = part.val
+        if not tokens.n_tokens:  # a source without held-out chats
+            continue
         for rows, pieces in validation_places(tokens, seq_len, how.batch_rows, evaluated_tokens(tokens, None)):
             if left:
                 left -= 1

@@ -408,5 +408,11 @@ class Checkpoints:
             durable.remove_directory(self.path(step))
 
     def sweep(self) -> None:
-        """Delete what writers that died left half done; only while holding the run's lock."""
+        """Delete what writers that died left half done; only while holding the run's lock. ValueError for what stands where a
+        checkpoint will be written and is none."""
         durable.sweep(self.directory)
+        for place in sorted(self.directory.glob("step_*")):
+            if not (place / MANIFEST).exists():
+                raise ValueError(
+                    f"{place} is no whole checkpoint (it has no {MANIFEST}), and may stand in the way of one: delete it"
+                )

@@ -4,6 +4,7 @@ It knows no tokenizer and no template. What comes out is plain JSON values under
 """
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -310,6 +311,19 @@ def _conversation(values: Mapping[str, Any]) -> Conversation:
 
 def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))  # in the order given: templates show it
+
+
+def composed(text: str) -> str:
+    """A conversation or pair as JSON with all that is said in Unicode's composed form (NFC): the strings, not their escapes."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, str):
+            return unicodedata.normalize("NFC", value)
+        if isinstance(value, list):
+            return [of(each) for each in value]
+        return {name: of(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+    return _compact(of(json.loads(text)))
 
 
 def plain(what: Conversation | Pair, *, roles: bool = False) -> str:

@@ -172,6 +172,9 @@ class Source(Settings):
         place = PurePosixPath(urllib.parse.urlsplit(self.url).path if self.url else self.path or "")
         plain = [part for part in place.parts if not glob.has_magic(part) and part != "/"]
         last = plain[-1] if plain else "input"
+        pattern = not place.parts or last != place.parts[-1]
+        if self.url is None and (pattern or Path(place).is_dir()):
+            return last  # of a directory a point is part of its name
         return "stdin" if last == "-" else formats.stem_of(last)
 
 
@@ -219,12 +222,11 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
     Raises FileNotFoundError or ValueError in words.
     """
 
-    def file(path: Path, label: str, *, explicit: bool, name: str | None = None) -> File:
-        name = name or path.name
-        suffix = PurePosixPath(name).suffix.lower()
+    def file(path: Path, label: str, *, explicit: bool) -> File:
+        suffix = path.suffix.lower()
         if explicit and suffix in formats.REFUSED and source.separator is None and source.field is None:
             raise ValueError(f"{label}: {suffix} {formats.REFUSED[suffix]}")
-        return File(path, label, _form(source, label, name), explicit, source)
+        return File(path, label, _form(source, label, path.name), explicit, source)
 
     if source.url is not None:
         return [file(fetch.fetch(source.url, source.sha256, downloads, say), source.url, explicit=True)]
@@ -255,6 +257,9 @@ def files(source: Source, downloads: Path, spool: Path, say: Callable[[str], Non
         with path.open("rb") as pipe:
             return [file(_copied(pipe, spool / name), place, explicit=True)]
     if matching := sorted(Path(p) for p in glob.glob(place, recursive=True) if Path(p).is_file()):  # noqa: PTH207
+        matching = [each for each in matching if not _excluded(each.name, str(each), source.exclude)]
+        if not matching:
+            raise FileNotFoundError(f"{place}: no file that it matches is left by exclude")
         return [file(each, str(each), explicit=False) for each in matching]
     what = "nothing matches" if glob.has_magic(place) else "no such file or directory"
     raise FileNotFoundError(f"{place}: {what}" + (f"; {source.obtain}" if source.obtain else ""))
@@ -454,7 +459,8 @@ def _read(
     whole, number = end is None and source.begins is None, 0
     n_border = 0 if source.prompt is None else len(fields.BORDER)  # which is no text
     if source.begins is not None:
-        records, take = _joined(records, take, re.compile(source.begins).match)
+        between = source.separator or "" if kind == "text" else ""
+        records, take = _joined(records, take, re.compile(source.begins).match, between)
     for at, after, value in records:
         number += 1
         if value == b"":  # an empty line is no record, an empty part of a text is an empty document
@@ -471,7 +477,7 @@ def _read(
             continue
         n_bytes = len(utf8)
         if nfc and n_bytes != len(text):
-            text = unicodedata.normalize("NFC", text)
+            text = conversations.composed(text) if source.spoken is not None else unicodedata.normalize("NFC", text)
             utf8 = text.encode()
         n_chars = len(text)
         if source.spoken is not None:  # the JSON around what is said is no text
@@ -499,8 +505,9 @@ def _records(stream: io.BufferedReader, source: Source, kind: formats.Kind, star
     return _guarded(formats.table_rows(stream, formats.DELIMITERS[kind], columns))
 
 
-def _joined(records: Records, take: Take, begins: Callable[[str], object]) -> tuple[Records, Take]:
-    """Records put together, and what takes their text: each document begins at a record whose text `begins` matches."""
+def _joined(records: Records, take: Take, begins: Callable[[str], object], between: str) -> tuple[Records, Take]:
+    """Records put together, with `between` amid them, and what takes their text: each document begins at a record whose text
+    `begins` matches."""
 
     def join() -> Records:
         parts: list[str] = []
@@ -514,7 +521,7 @@ def _joined(records: Records, take: Take, begins: Callable[[str], object]) -> tu
             if text is None:
                 continue
             if parts and begins(text):
-                yield first, last, "".join(parts)
+                yield first, last, between.join(parts)
                 parts, n_chars = [], 0
             elif n_chars > formats.RECORD_BYTES:
                 raise BadRecord(f"no record begins a document in {n_chars} characters; change begins")
@@ -522,7 +529,7 @@ def _joined(records: Records, take: Take, begins: Callable[[str], object]) -> tu
             parts.append(text)
             n_chars, last = n_chars + len(text), after
         if parts:
-            yield first, last, "".join(parts)
+            yield first, last, between.join(parts)
 
     def take_joined(value: Any) -> str | None:
         return value if isinstance(value, str) else take(value)

@@ -330,10 +330,7 @@ class Pairs:
                 f"data.long_documents ({long}): a pair with a document longer than data.seq_len is left out, since the "
                 "beginning of a reply is not what was judged; set data.long_documents=drop"
             )
-        n_tokens = tokens.n_tokens if end is None else end
-        bounds = np.append(tokens.document_starts, tokens.n_tokens)
-        bounds = bounds[: np.searchsorted(bounds, n_tokens) + 1]
-        starts, sizes = bounds[:-1:2], np.diff(bounds).reshape(-1, 2)
+        starts, sizes = _pairs(tokens, tokens.n_tokens if end is None else end)
         kept = sizes.max(axis=1) <= seq_len
         if not kept.any():
             raise ValueError(
@@ -714,8 +711,17 @@ def validation_batches(
         yield read([(tokens, pieces)], n_rows, row_tokens(tokens, seq_len), document_mask, end, prefix)
 
 
+def _pairs(tokens: Tokens, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """(where each pair up to `end` starts (n,), how long both its documents are (n, 2))."""
+    bounds = np.append(tokens.document_starts, tokens.n_tokens)
+    bounds = bounds[: np.searchsorted(bounds, end) + 1]
+    return bounds[:-1:2], np.diff(bounds).reshape(-1, 2)
+
+
 def validation_places(tokens: Tokens, seq_len: int, batch_rows: int, end: int) -> Iterator[tuple[int, Pieces]]:
     """(rows, where they stand) of each batch of an evaluation of the first `end` tokens."""
+    if tokens.pairs and not (_pairs(tokens, end)[1].max(axis=1) <= seq_len).any():
+        return  # a source whose few held-out pairs are all too long
     kind = Pairs if tokens.pairs else Packed
     packed = kind(tokens, seq_len, 0, end) if tokens.has_spans or tokens.pairs else None
     starts = np.arange(0, end, seq_len)

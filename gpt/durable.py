@@ -121,11 +121,11 @@ def make_directory(path: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory so that it is never seen in part: it is renamed away first."""
+    """Delete a directory so that it is never seen in part: it is renamed away first, and swept later if somebody still reads it."""
     doomed = _temporary(path)
     fs.rename(path, doomed)
     _sync_directory(path.parent)
-    fs.rmtree(doomed)
+    _discard(doomed)
 
 
 def publish(work: Path, target: Path) -> None:

@@ -283,6 +283,10 @@ def prefer(
     if not sums.isfinite().all():
         raise FloatingPointError(f"the validation loss is {sums[0]}: the weights give numbers that are not finite")
     loss, right, margin, n_pairs = sums.tolist()
+    if not n_pairs:
+        raise ValueError(
+            f"each held-out pair has a document longer than data.seq_len ({seq_len}): raise it, or eval.tokens"
+        )
     return Preferred(loss / n_pairs, right / n_pairs, margin / n_pairs)
 
 

@@ -247,7 +247,8 @@ HARMLESS_WORDS = (
     "transformers.js_config task_specific_params unsloth_version unsloth_fixed n_ctx n_special "
     "predict_special_tokens summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
     "return_dict output_hidden_states output_attentions id2label label2id num_labels problem_type finetuning_task "
-    "chunk_size_feed_forward tokenizer_class prefix max_window_layers layer_types "
+    "chunk_size_feed_forward tokenizer_class prefix max_window_layers layer_types is_decoder _num_labels output_past "
+    "max_sequence_length _attn_implementation_autoset _attn_implementation "
     # settings of generation, which older writers put here
     "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p "
     "typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "

@@ -41,7 +41,8 @@ def fetch(url: str, sha256: str | None, directory: Path, say: Say) -> Path:
         raise ValueError(f"{url}: not an http(s) address")
     name = PurePosixPath(urllib.parse.unquote(parts.path)).name or "index"
     path = directory / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name[-100:]}"
-    if path.is_file() and sha256 in (None, durable.sha256_file(path)):
+    sha256 = sha256 and sha256.lower()
+    if path.is_file() and (sha256 is None or durable.sha256_file(path) == sha256):
         return path
     durable.make_directory(directory)
     with durable.Lock(directory / f".{path.name}.lock", url):
@@ -49,7 +50,7 @@ def fetch(url: str, sha256: str | None, directory: Path, say: Say) -> Path:
         say(f"{'continuing with' if part.exists() else 'fetching'} {url}")
         _complete(url, sha256, part, say)
         digest = durable.sha256_file(part)
-        if sha256 is not None and digest != sha256.lower():
+        if sha256 is not None and digest != sha256:
             _forget(part)
             raise ValueError(f"{url}: its sha256 is {digest}, expected {sha256}; nothing was kept")
         durable.publish(part, path)

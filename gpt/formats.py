@@ -163,6 +163,11 @@ def spans(stream: BinaryIO, delimiter: bytes, start: int = 0, end: int | None = 
             after, rest = _beyond(stream, delimiter, position, rest)
             yield position, after, too_long()
             position = after
+    *whole, rest = rest.split(delimiter)  # some, where what lay behind a long record was the end
+    for data in whole:
+        after = position + len(data) + len(delimiter)
+        yield position, after, data
+        position = after
     if rest:
         yield position, position + len(rest), too_long() if len(rest) > RECORD_BYTES else rest
 
@@ -297,7 +302,10 @@ def table_rows(stream: BinaryIO, delimiter: str, columns: frozenset[str]) -> Ite
     """
     csv.field_size_limit(RECORD_BYTES)
     reader = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise BadRecord(f"broken csv in its first line ({error})") from None
     places = {name: header.index(name) for name in _present(columns, header)}
     wide = max(places.values(), default=0)
     while True:

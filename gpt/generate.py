@@ -22,6 +22,7 @@ from gpt.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "eos", "length"]
 DRAWN = 1 << 12  # random numbers of a row that are drawn at once
+NOT_FINITE = "a logit is not a number: the weights, or their dtype, give numbers that are not finite"
 PORTION = 1 << 10  # tokens of prompts that are read at once
 PASS = 16  # tokens whose products take as long as reading the weights
 
@@ -173,6 +174,8 @@ def generate(
 
     with evaluating(model):
         logits = batch.read()
+        if not logits.isfinite().all():
+            raise FloatingPointError(NOT_FINITE)
         for step in range(max_tokens):
             logits = logits.float()
             likely = logits.log_softmax(-1) if logprobs else None
@@ -184,6 +187,8 @@ def generate(
             if seen is not None:
                 seen.scatter_(1, chosen, True)
             ids = chosen[:, 0].tolist()
+            if max(ids) >= n_tokens_valid:  # what is drawn where none has a probability
+                raise FloatingPointError(NOT_FINITE)
             yield batch.column(ids, None if likely is None else likely.gather(1, chosen)[:, 0].tolist())
             if ended := [place for place, token in enumerate(ids) if token in stop_ids]:
                 if len(ended) == len(ids):

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from gpt import durable
+from gpt import durable, signals
 from gpt.model import ModelConfig
 from gpt.positions import rope_frequencies
 from gpt.tokenizer import BYTE_NAME, DEEPSEEK_V3, Tokenizer
@@ -448,6 +448,7 @@ def _chunks(values: Mapping[str, Any], tensors: Sequence[Stored]) -> Iterator[by
         offset += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
     yield header + bytes(-len(header) % ALIGNMENT)
     for tensor in tensors:
+        signals.check()
         yield tensor.load().view(torch.uint8).numpy().data
         yield bytes(-tensor.n_bytes % ALIGNMENT)
 

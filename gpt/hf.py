@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ from pydantic import ValidationError  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from gpt import adapters, checkpoint, durable, families, quantize, run, slices, tensors  # noqa: E402
+from gpt import adapters, chat, checkpoint, durable, families, quantize, run, slices, tensors  # noqa: E402
 from gpt.adapters import AdapterConfig  # noqa: E402
 from gpt.durable import CorruptError, plain  # noqa: E402
 from gpt.hub import INDEX, WEIGHTS  # noqa: E402
@@ -93,7 +94,16 @@ def model_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
     raw = families.write_ours(config) if family is None else families.write(family, config)
     # pad_token_id: some classes have one of their own, past our vocabulary; dtype: the key's new and old name
     raw |= ids | {"pad_token_id": None, "dtype": "float32", "torch_dtype": "float32"}
-    return {"config.json": _json(raw), "generation_config.json": _json(ids), **tokenizer.files()}
+    return {"config.json": _json(raw), "generation_config.json": _json(ids | _ends(tokenizer)), **tokenizer.files()}
+
+
+def _ends(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """What else ends a reply, of a tokenizer that knows chats: those who generate stop where a turn does."""
+    ends: set[int] = set()
+    if tokenizer.config.get("chat_template") is not None:
+        with suppress(ValueError):  # a template of others that ends no reply by a control token
+            ends = chat.reply_ends(tokenizer) - {tokenizer.end_id}
+    return {"eos_token_id": [tokenizer.end_id, *sorted(ends)]} if ends else {}
 
 
 def places(config: ModelConfig, names: Iterable[str]) -> dict[str, families.Place]:

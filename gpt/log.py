@@ -156,8 +156,10 @@ class Log:
         """What was recorded so far is on the disk when this returns; any thread may ask, since each line is flushed at once."""
         os.fsync(self._file.fileno())
 
-    def reopen(self) -> None:
-        """Go on in the file that stands there now."""
+    def reopen(self, step: int) -> None:
+        """Go on in the file that stands there now, from `step`: what was recorded after it is recorded anew."""
+        if self._wandb is not None:
+            self._wandb.back_to(step)
         self._file.close()
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -203,7 +205,7 @@ class Silence(Log):
 
     def sync(self) -> None: ...
 
-    def reopen(self) -> None: ...
+    def reopen(self, step: int) -> None: ...
 
 
 def _finite(value: Any) -> Any:
@@ -319,6 +321,10 @@ class Wandb:
                 self._sent[kind] = step
                 self._keep()  # first: killed in between, a step is missing there rather than twice
                 self._run.log(told)
+
+    def back_to(self, step: int) -> None:
+        """Send what comes after `step` again: it is another course, whose points take the place of those before."""
+        self._sent = {kind: min(sent, step) for kind, sent in self._sent.items()}
 
     def finish(self, failed: bool) -> None:
         """Close the run; waits a minute at most for what is still to be sent."""

@@ -201,7 +201,7 @@ def _check_ids(settings: PrepareConfig) -> Callable[[str, str], None]:
 
     def check(text: str, where: str) -> None:
         for word in text.split():
-            if not word.isdecimal() or int(word) >= n:
+            if not word.isdecimal() or str(int(word)) != word or int(word) >= n:
                 raise ValueError(f"{where}: {word[:40]!r} is no id of a vocabulary of {n}: expected 0 to {n - 1}")
 
     return check
@@ -210,8 +210,10 @@ def _check_ids(settings: PrepareConfig) -> Callable[[str, str], None]:
 def _split(settings: PrepareConfig, found: Survey, bytes_per_token: float | None = None) -> Split:
     """Where the held-out text lies. At most val_tokens of it, once `bytes_per_token` is known."""
     asked = settings.split if settings.validation is None else "given"
-    if asked == "auto" and any(source.whole for source in settings.input):
-        asked = "hash"  # what is only partly learned must stay whole
+    if asked == "auto" and (settings.kind == "ids" or any(source.whole for source in settings.input)):
+        asked = "hash"  # what is only partly learned must stay whole, and so must a number
+    if asked == "tail" and settings.kind == "ids":
+        raise ValueError("split=tail ends each document at a character, which may be amid a number: set split=hash")
     most = None if bytes_per_token is None else settings.val_tokens * bytes_per_token
     return scan.choose_split(found, asked=asked, fraction=settings.val_fraction, most_bytes=most)
 
@@ -303,7 +305,10 @@ def _split_with_tokenizer(
         for name in sorted(files, key=lambda name: name == "tokenizer.json"):  # last: its presence says that all stand
             durable.write_file(finished / name, files[name])
     signals.check()
-    bytes_per_token = _bytes_per_token(tokenizer, sample(n_bytes=MEASURED_BYTES))
+    measured: Iterable[str] = sample(n_bytes=MEASURED_BYTES)
+    if settings.kind == "ids":  # a piece of a long text may begin or end amid a number
+        measured = (" ".join(piece.split()[1:-1]) for piece in measured)
+    bytes_per_token = _bytes_per_token(tokenizer, measured)
     durable.check_space(finished, int(found.n_bytes / bytes_per_token) * token_dtype(tokenizer.size).itemsize)
     return _split(settings, found, bytes_per_token), tokenizer
 

@@ -100,8 +100,9 @@ def _own(home: Path, name: str) -> Iterator[None]:
 
 def _legs(given: TrainConfig) -> TrainConfig:
     """The settings of the trial: the run's own but for what is written, when, and how much is evaluated."""
+    few = {"tokens": given.data.seq_len}  # of pairs the first one may not fit
     quiet = {
-        "eval": given.eval.model_copy(update={"every": STEPS // 2, "tokens": given.data.seq_len}),
+        "eval": given.eval.model_copy(update={"every": STEPS // 2} | ({} if given.objective.of_pairs else few)),
         "checkpoint": given.checkpoint.model_copy(update={"every": sys.maxsize, "keep": 2}),
         "log": given.log.model_copy(update={"every": 1, "sample_every": None, "wandb": None}),
         "train": given.train.model_copy(update={"patience": None, "profile": None}),

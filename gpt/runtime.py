@@ -263,8 +263,8 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def free_memory_bytes(device: str) -> int:
-    """Memory a run may still take: the GPU's free memory and what torch keeps for itself of it, else what the system has
-    available (half of what there is where it does not say, 8 GiB where it says nothing)."""
+    """Memory a run may still take: the GPU's free memory and what torch keeps for itself of it, else what the system and this
+    process's container or job have left (half of what there is where it does not say, 8 GiB where it says nothing)."""
     if device.startswith("cuda"):
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -272,7 +272,8 @@ def free_memory_bytes(device: str) -> int:
         return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        free, left = int(fields["MemAvailable"].split()[0]) * 1024, host.memory_left()
+        return free if left is None else min(free, left)
     except (OSError, KeyError):
         pass
     try:

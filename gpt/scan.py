@@ -162,6 +162,8 @@ def survey(work: Path, *, drop: bool) -> Survey:
     found.n_repeated = int(np.count_nonzero(repeated))
     if drop and found.n_repeated:
         table.drop(repeated)
+    else:
+        table.keep()
     content = hashlib.sha256()
     for first, rows in table.blocks():
         signals.check()

@@ -202,7 +202,7 @@ class Session:
             if self.team.first:
                 self.log.sync()
                 self.run.truncate_metrics(saved)
-                self.log.reopen()
+                self.log.reopen(saved)
         self._remember()
         self.log.note(f"{error}\nrolled back to step {saved}; batches {first} to {last} are left out from now on")
 

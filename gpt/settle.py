@@ -257,7 +257,7 @@ def _check_choices(config: TrainConfig, choices: Choices, data: Data) -> None:
 def _filled(given: TrainConfig) -> list[str]:
     """Settings of the model that the run fills in when the file leaves them open."""
     if given.init_from is not None:
-        return [name for name in ModelConfig.model_fields if name != "dropout"]
+        return [name for name in ModelConfig.model_fields if name not in {"dropout", *given.model.model_fields_set}]
     return [name for name in ("vocab_size", "max_seq_len") if getattr(given.model, name) is None]
 
 
@@ -624,7 +624,7 @@ def _choose(
         device=device,
         dtype=dtype,
         threads=n_threads,
-        micro_batch=min(ranks.team.gather(_rows_that_fit(config, train, model, ranks, share, device, dtype, say))),
+        micro_batch=min(ranks.team.gather(_rows_that_fit(config, train, ranks, share, device, dtype, say))),
         compile=False,
         steps=PROBE_UPDATES,
         data=data.fingerprint,
@@ -671,7 +671,7 @@ def _evaluation_s(config: TrainConfig, n_evaluated: int, update_s: float) -> flo
 
 
 def _rows_that_fit(
-    config: TrainConfig, train: TrainingConfig, model: GPT, ranks: Ranks, share: int, device: str, dtype: str, say: Say
+    config: TrainConfig, train: TrainingConfig, ranks: Ranks, share: int, device: str, dtype: str, say: Say
 ) -> int:
     """Rows of a micro-batch of a rank's `share` of an update: as set, or by what memory has left beside the model."""
     if config.parallel.canonical:  # what a machine has room for has no say in it

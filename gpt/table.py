@@ -163,6 +163,10 @@ class Table:
         """Mark rows (n_rows,) bool as left out, durably."""
         durable.write_file(self._marks, [repeated.astype(np.uint8).tobytes()])
 
+    def keep(self) -> None:
+        """No row is left out, whatever an earlier command marked."""
+        self._marks.unlink(missing_ok=True)
+
     def repeated(self) -> np.ndarray:
         """(n_rows,) bool: which rows have the text of an earlier one. Sorts GROUP_ROWS hashes at a time."""
         marks = np.zeros(self.n_rows, dtype=bool)

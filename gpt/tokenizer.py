@@ -109,7 +109,7 @@ class Tokenizer:
                 durable.plain(each)
         config = _read_json(beside) if beside.is_file() else {}
         if (template := file.with_name("chat_template.jinja")).is_file():  # where newer directories keep it
-            config.setdefault("chat_template", sieve.text(template))
+            config["chat_template"] = sieve.text(template)  # as transformers has it, whatever stands beside
         if not vocabularies.is_one(file, rules):
             return cls(_read_json(file), config, str(file))
         raw, own = vocabularies.read(file, rules)
@@ -143,11 +143,14 @@ class Tokenizer:
             # Others write a conversation out as text and read its control tokens from it; without chats, text is text.
             "split_special_tokens": not kept,
             "clean_up_tokenization_spaces": False,
-            "add_bos_token": False,
-            "add_eos_token": False,
+            **({} if self._marks_texts() else {"add_bos_token": False, "add_eos_token": False}),
             **{key: name for key, name in names.items() if name is not None},
             **kept,
         }
+
+    def _marks_texts(self) -> bool:
+        """Whether a text gets control tokens by a rule of the file, which transformers would drop if it were told of none."""
+        return '"TemplateProcessing"' in json.dumps(self._raw.get("post_processor"))
 
     def _check_text_is_text(self) -> None:
         """No control token may come from text that reads like it, which some vocabularies would look up as a word."""

@@ -38,8 +38,9 @@ def held(out: Path) -> Iterator[Path]:
         durable.sweep(work)
         try:
             yield work
-        except (signals.Stopped, OSError, MemoryError):
-            keep = (work / "pass.json").exists()
+        except (signals.Stopped, OSError, MemoryError, ValueError) as error:
+            scanned = (work / "pass.json").exists() and not isinstance(error, ValueError)
+            keep = scanned or any(work.glob("input-*/hub-*.jsonl"))  # what was streamed need not be asked for again
             raise
         finally:
             if not keep and not (work / "set" / "tokenizer.json").exists():

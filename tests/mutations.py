@@ -140,8 +140,8 @@ MUTANTS = [
         ),
         (
             "a directory is gone before it is deleted",
-            "    _sync_directory(path.parent)\n    fs.rmtree(doomed)",
-            "    fs.rmtree(doomed)",
+            "    _sync_directory(path.parent)\n    _discard(doomed)",
+            "    _discard(doomed)",
             "everything_is_synced_before_it_is_renamed",
         ),
         ("published work is synced", "    _sync_directory(work)\n", "", "everything_is_synced_before_it_is_renamed"),

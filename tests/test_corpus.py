@@ -545,6 +545,35 @@ def test_records_are_put_together_until_one_begins_the_next_document(tmp_path: P
         assert list(corpus.documents(file, doc.start, doc.end)) == [doc]
 
 
+def test_what_parts_records_stands_between_those_that_are_put_together(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("# One\ntext\nmore\n# Two\nend")
+    assert texts(tmp_path, path=f"{tmp_path}/a.txt", separator="\n", begins="# ") == ["# One\ntext\nmore", "# Two\nend"]
+
+
+def test_what_is_said_is_composed_and_the_escapes_around_it_are_not(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "a\n\u0303b"}, {"role": "assistant", "content": "e\u0301"}]
+    path = write(tmp_path, "a.jsonl", [{"messages": said}])
+    (file,) = files(Source(path=str(path), chat=True, normalize="nfc"), tmp_path)
+    (doc,) = corpus.documents(file)
+    assert [message["content"] for message in json.loads(doc.text)["messages"]] == ["a\n\u0303b", "\u00e9"]
+
+
+def test_exclude_leaves_out_what_a_glob_would_match(tmp_path: Path) -> None:
+    for name in ("a.md", "README.md"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path, path=f"{tmp_path}/*.md", exclude=("README.md",)) == ["a.md"]
+    with pytest.raises(FileNotFoundError, match="no file that it matches is left by exclude"):
+        texts(tmp_path, path=f"{tmp_path}/*.md", exclude=("*",))
+
+
+def test_a_directory_with_a_point_keeps_its_whole_name(tmp_path: Path) -> None:
+    for name in ("wiki.en", "wiki.de"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    named = [Source(path=f"{tmp_path}/{path}").label for path in ("wiki.en", "wiki.de/*.txt", "wiki.en/a.txt")]
+    assert named == ["wiki.en", "wiki.de", "a"]
+
+
 def test_a_bad_record_among_joined_ones_is_left_out_and_told(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "#a"}\nno\n\n{"text": "b"}\n{"text": "#c"}\n')
     told: list[BadRecord] = []

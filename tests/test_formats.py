@@ -194,6 +194,21 @@ def test_a_record_that_is_too_long_costs_little_memory_and_reading_goes_on_behin
     assert found[-1][2].startswith(b"last")
 
 
+def test_what_stands_behind_a_record_that_is_too_long_is_parted_at_the_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "RECORD_BYTES", 1 << 20)
+    data = b"a" * (3 << 20) + b"<>x<>y<>z"
+    for end in (None, len(data)):
+        (at, after, bad), *others = formats.spans(io.BufferedReader(io.BytesIO(data)), b"<>", 0, end)
+        assert isinstance(bad, BadRecord) and (at, after) == (0, (3 << 20) + 2)
+        assert [part for _, _, part in others] == [b"x", b"y", b"z"]
+        assert [data[at:after] for at, after, _ in others] == [b"x<>", b"y<>", b"z"]
+
+
+def test_a_csv_whose_first_line_is_broken_is_a_bad_record() -> None:
+    with pytest.raises(BadRecord, match="broken csv in its first line"):
+        list(formats.table_rows(io.BufferedReader(io.BytesIO(b'"id" x,text\n1,2\n')), ",", frozenset()))
+
+
 # JSON arrays
 
 

@@ -161,6 +161,15 @@ def test_impossible_rules_are_refused_in_words(rules: dict[str, float], words: s
 # The loop
 
 
+def test_logits_that_are_not_finite_are_told_of(model: GPT) -> None:
+    broken = GPT(model.config).eval()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    for sampling in (GREEDY, Sampling(temperature=1.0)):
+        with pytest.raises(FloatingPointError, match="a logit is not a number"):
+            run(broken, [[1, 2, 3]], sampling)
+
+
 def test_cached_greedy_decoding_is_the_full_forward_token_for_token(model: GPT) -> None:
     prompt = [1, 5, 9, 2]
     columns = run(model, [prompt], max_tokens=30)

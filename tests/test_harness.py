@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpt import harness, hf, runtime
+from gpt import chat, harness, hf, runtime
 from gpt import tokenizer as tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +178,7 @@ def test_a_file_beside_the_model_that_is_broken_is_named(pupil: Path, tmp_path: 
 def test_texts_begin_as_the_model_directory_says(pupil: Path, tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer.load(pupil)
     start = tokenizer.start_id
-    assert harness.conventions(pupil, tokenizer) == ([], {tokenizer.end_id})
+    assert harness.conventions(pupil, tokenizer) == ([], chat.reply_ends(tokenizer))
     assert harness.conventions(pupil, tokenizer, start_token=True).front == [start]
     raw = dict(tokenizer.raw)
     name = next(name for name, token in tokenizer.vocab.items() if token == start)

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from teams import blocks, on_all
 
-from gpt import checkpoint, families, hf
+from gpt import chat, checkpoint, families, hf
 from gpt import tokenizer as tokenizers
 from gpt.durable import CorruptError
 from gpt.model import GPT, ModelConfig, init_weights
@@ -198,7 +198,9 @@ def test_our_model_gives_its_logits_and_ids_in_transformers(
     assert_same_logits(ours, theirs.eval())
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)  # text is text
     assert [auto.encode(text) for text in AWKWARD] == [tokenizer.encode(text) for text in AWKWARD]
-    assert (theirs.config.bos_token_id, theirs.generation_config.eos_token_id) == (tokenizer.start_id, tokenizer.end_id)
+    ends = [tokenizer.end_id, *sorted(chat.reply_ends(tokenizer) - {tokenizer.end_id})]
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (tokenizer.start_id, tokenizer.end_id)
+    assert theirs.generation_config.eos_token_id == ends and len(ends) > 1, "a reply's end ends it there too"
 
 
 def test_our_greedy_text_is_what_transformers_generates(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -499,6 +499,39 @@ def command(*arguments: str | Path, cwd: Path, stdin: str | None = None) -> subp
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=600)
 
 
+def test_repetitions_that_were_left_out_are_there_when_they_are_kept_again(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": poem(i % 40)}) for i in range(80)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepare.scan_only(settings(tmp_path / "a.jsonl", duplicates="drop"), tmp_path / "set", console=Console(quiet=True))
+    run(settings(tmp_path / "a.jsonl"), tmp_path / "set")
+    assert sum(len(documents(tmp_path / "set", split)) for split in ("train", "val")) == 80
+
+
+def test_numbers_stay_whole_where_the_text_is_of_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" ".join(str(i % 300) for i in range(60_000)))
+    (tmp_path / "b.txt").write_text("105 5")
+    config = settings(tmp_path / "a.txt", tmp_path / "b.txt", kind="ids", val_fraction=0.5)
+    run(config, tmp_path / "set")
+    found = sorted(text for split in ("train", "val") for text in documents(tmp_path / "set", split))
+    assert found == sorted([(tmp_path / "a.txt").read_text(), "105 5"])
+    with pytest.raises(ValueError, match="split=tail ends each document at a character"):
+        run(config.model_copy(update={"split": "tail"}), tmp_path / "other")
+    (tmp_path / "b.txt").write_text("007 5")
+    with pytest.raises(ValueError, match="'007' is no id of a vocabulary of 300"):
+        run(config, tmp_path / "set")
+
+
+def test_what_a_command_says_of_texts_is_as_it_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "📚.jsonl").write_text("\n".join(json.dumps({"a": poem(i), "b": "𠮷"}) for i in range(40)))
+    how = ("--template", "{a}\\n{b}", "--out", "set", "--vocab-size", "300")
+    done = command("📚.jsonl", *how, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(text.endswith("\n𠮷") for text in documents(tmp_path / "set", "train"))
+    (tmp_path / "a.yaml").write_text("input: [{path: 📚.jsonl, field: a}]\n")
+    done = command("a.yaml", "--chat", cwd=tmp_path)
+    assert done.returncode == 2 and "--chat belongs into the recipe" in done.stderr
+
+
 def test_the_command_prepares_standard_input_and_says_what_to_do_next(tmp_path: Path) -> None:
     done = command(
         "-", "--out", "data/mine", "--vocab-size", "300", cwd=tmp_path, stdin="\n".join(map(poem, range(50)))

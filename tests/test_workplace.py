@@ -72,6 +72,17 @@ def test_a_directory_that_is_being_deleted_lets_nobody_in(tmp_path: Path, monkey
     assert names(tmp_path) == [".set.preparing"]
 
 
+@pytest.mark.parametrize("error", [signals.Stopped("stopped"), ValueError("no such column")])
+def test_what_was_streamed_is_there_for_the_same_command_again(tmp_path: Path, error: Exception) -> None:
+    out = tmp_path / "set"
+    with pytest.raises(type(error)), workplace.held(out) as work:
+        (work / "input-0").mkdir()
+        (work / "input-0" / "hub-0123.jsonl").touch()
+        raise error
+    with workplace.held(out) as work:
+        assert (work / "input-0" / "hub-0123.jsonl").exists()
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -436,6 +436,7 @@ def test_what_a_family_asks_for_and_we_lack_is_refused_by_name(
         {"use_cache": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.0", "pretraining_tp": 4},
         {"_name_or_path": "x", "pad_token_id": -1, "eos_token_id": [1, 2], "task_specific_params": {"a": 1}},
         {"is_llama_config": True, "rope_interleaved": False, "use_mrope": False, "auto_map": None},
+        {"_num_labels": 1, "output_past": True, "max_sequence_length": 2048, "_attn_implementation_autoset": True},
         {"rope_scaling": {"type": "default"}, "layer_types": ["full_attention"] * 3},
     ],
     ids=str,

@@ -107,6 +107,12 @@ def test_a_file_is_fetched_once_and_again_when_it_was_altered(tmp_path: Path, se
     assert ranges() == [None, None]
 
 
+def test_a_hash_in_capitals_is_the_same_hash(tmp_path: Path, server: str) -> None:
+    for _ in range(2):
+        assert get(f"{server}/a.txt", tmp_path, SHA256.upper()) == BODY
+    assert ranges() == [None]
+
+
 def test_a_source_reads_what_its_url_gives(tmp_path: Path, server: str) -> None:
     (file,) = corpus.files(Source(url=f"{server}/a.txt", sha256=SHA256), tmp_path, tmp_path, [].append)
     assert "".join(doc.text for doc in corpus.documents(file)).encode() == BODY

@@ -269,6 +269,17 @@ def test_a_resume_continues_the_wandb_run_and_sends_no_step_twice(opened, fake):
     assert sorted(sent) == [(step, evaluated) for step in (10, 20, 30, 40) for evaluated in (False, True)]
 
 
+def test_a_run_that_was_rolled_back_sends_its_new_course(opened, fake):
+    module = fake()
+    log, _ = opened(wandb=WandbConfig())
+    with log:
+        for steps in ((10, 20, 30), (20, 30)):
+            for step in steps:
+                log.train(step, tokens=step, **UPDATE)
+            log.reopen(10)
+    assert [record["tokens"] for record in module.records] == [10, 20, 30, 20, 30]
+
+
 def test_a_step_is_noted_before_it_is_sent_so_that_a_kill_in_between_cannot_double_it(opened, fake, tmp_path):
     module = fake()
     log, _ = opened(wandb=WandbConfig())

@@ -247,6 +247,23 @@ def test_loss_and_gradients_are_those_of_the_plain_formula_in_float64(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_source_whose_held_out_pairs_are_all_too_long_does_not_end_an_evaluation(
+    build: Build, tmp_path: Path
+) -> None:
+    sources = {"short": drawn(5, 6), "long": [([0] + [1] * 20, [2] * 3, [3] * 15)]}
+    paths = {
+        name: write(tmp_path / name, {"train": documents_of(pairs), "val": documents_of(pairs)})
+        for name, pairs in sources.items()
+    }
+    parts = {name: TokenSet(path, "val") for name, path in paths.items()}
+    objective = Preferences(build(seed=1), ObjectiveConfig(kind="dpo"), against(build(seed=2)))
+    how: dict[str, Any] = {"seq_len": 32, "batch_rows": 3, "device": "cpu", "dtype": "float32"}
+    alone = prefer(objective, {"short": parts["short"]}, EvalConfig(), **how)
+    assert prefer(objective, parts, EvalConfig(), **how) == alone
+    with pytest.raises(ValueError, match="each held-out pair has a document longer"):
+        prefer(objective, {"long": parts["long"]}, EvalConfig(), **how)
+
+
 def test_before_the_first_update_no_reply_is_preferred(build: Build, tmp_path: Path) -> None:
     model, batch = build(seed=1), rows_of(tmp_path, drawn(6, 9))
     objective = Preferences(model, FORMS["dpo"], against(build(seed=1)))

@@ -295,6 +295,17 @@ def test_a_chat_answers_each_line_and_ends_with_its_input(
     assert capsys.readouterr().out.count("\n") >= 2
 
 
+def test_a_message_that_is_interrupted_before_its_answer_is_not_part_of_the_chat(
+    sample: ModuleType, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Conversation:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "drop_oldest", interrupted)
+    talk(sample, monkeypatch, model_dir, "hi\n/undo\n")
+    assert "nothing to undo" in capsys.readouterr().err
+
+
 def with_template(model_dir: Path, path: Path, template: str | None) -> Path:
     """A copy of the model whose tokenizer has another template, or none."""
     other = shutil.copytree(model_dir, path)

@@ -258,6 +258,13 @@ def test_another_shape_than_the_source_s_is_refused(trained: Path) -> None:
         start(trained, "data.tokenizer=vocab", "model.d_model=64")
 
 
+def test_what_contradicts_the_model_is_refused_on_a_resume_too(trained: Path) -> None:
+    train(settings("init_from=runs/tiny", "name=tuned", "model={}", "train.steps=2"), console=CONSOLE)
+    given = settings("init_from=runs/tiny", "name=tuned", "model={n_layer: 3}", "train.steps=2")
+    with pytest.raises(ValueError, match=r"model\.n_layer: 1 -> 3"):
+        train(given, console=CONSOLE)
+
+
 # What it says of its data
 
 

@@ -259,6 +259,29 @@ def test_a_run_gives_the_tokenizer_of_its_newest_checkpoint(tmp_path: Path, bpe:
     assert Tokenizer.load(tmp_path).sha256 == bpe.sha256
 
 
+@pytest.mark.parametrize("beside", ["{{ older }}", None])
+def test_a_template_in_a_file_of_its_own_goes_before_that_of_the_config(
+    tmp_path: Path, bpe: Tokenizer, beside: str | None
+) -> None:
+    config = {"bos_token": IM_START, "eos_token": IM_END, "chat_template": beside}
+    path = write(tmp_path, raw_of(bpe), config)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert Tokenizer.load(path).chat_template == "{{ messages }}"
+
+
+def test_a_rule_that_puts_a_start_before_texts_is_left_to_transformers(tmp_path: Path, bpe: Tokenizer) -> None:
+    names = {"bos_token": IM_START, "eos_token": IM_END}
+    rule = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": IM_START, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {IM_START: {"id": IM_START, "ids": [bpe.vocab[IM_START]], "tokens": [IM_START]}},
+    }
+    for post_processor, told in ((rule, {}), (None, {"add_bos_token": False, "add_eos_token": False})):
+        stored = Tokenizer(raw_of(bpe) | {"post_processor": post_processor}, names).files()["tokenizer_config.json"]
+        assert {name: value for name, value in json.loads(stored).items() if name.startswith("add_")} == told
+
+
 def test_an_import_brings_its_own_start_end_pad_and_chat_format(tmp_path: Path, bpe: Tokenizer) -> None:
     config = {
         "bos_token": {"content": IM_START, "__type": "AddedToken"},

@@ -348,6 +348,8 @@ class Session:
                     text += event.text
             except signals.Stopped as stop:
                 stopped = str(stop)
+            except FloatingPointError as error:  # in the dtype that it is written in; an update would say so itself
+                self.log.note(f"the sample of step {step}: {error}")
         if stopped := self.team.told(stopped):
             raise signals.Stopped(stopped)
         self.log.sample(step, tokens=self.tokens(step), text=text)

@@ -1,9 +1,12 @@
+import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from test_trainer import CONSOLE, curve, metrics, settings, stop_at
 
 from gpt import config, prepare, session, signals, trainer
@@ -103,3 +106,17 @@ def test_the_sample_of_a_run_on_chats_answers_the_first_held_out_question(gramma
     )
     (line,) = metrics("tiny", "sample")
     assert re.match(r"user\nIs \d+ odd\?\nassistant\n", line["text"])
+
+
+def test_a_sample_of_numbers_that_are_not_finite_is_told_and_the_run_goes_on(
+    grammar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: object, **how: object) -> Iterator[object]:
+        raise FloatingPointError("a logit is not a number")
+        yield
+
+    monkeypatch.setattr(session, "complete", broken)
+    console = Console(file=io.StringIO())
+    train(settings("log.sample_every=6"), console=console)
+    assert "the sample of step 6: a logit is not a number" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert metrics("tiny", "train")[-1]["step"] == 12

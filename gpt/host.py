@@ -13,16 +13,10 @@ def n_cores() -> int:
     """Cores this process may run on, and its container or job may keep busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for group in _groups("cpu"):
-        quota, period = (
-            _words(group / "cpu.max")
-            or (
-                *_words(group / "cpu.cfs_quota_us"),
-                *_words(group / "cpu.cfs_period_us"),
-            )
-            or ("max", "1")
-        )
-        if quota.isdecimal() and int(period):
-            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+        v1 = (*_words(group / "cpu.cfs_quota_us"), *_words(group / "cpu.cfs_period_us"))
+        match _words(group / "cpu.max") or v1:
+            case quota, period if quota.isdecimal() and period.isdecimal():
+                cores = min(cores, max(1, math.ceil(int(quota) / max(1, int(period)))))
     return cores
 
 

@@ -132,15 +132,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         return torch.cat([attend(q[rows], k[rows, :, :end], v[rows, :, :end], own) for rows, end, own in mask.spans])
     if mask.flex is not None:
         return mask.flex(q, k, v, block_mask=mask.blocks, enable_gqa=grouped)
-    alone = grouped and q.is_cuda and needs_every_head(q, mask)
-    if q.shape[2] == 1 and (q.device.type == "cpu" or mask.allowed is not None or alone):
+    apart = grouped and q.is_cuda and needs_every_head(q, mask)
+    if q.shape[2] == 1 and (q.device.type == "cpu" or mask.allowed is not None or apart):
         if q.device.type == "cpu" and mask.bias is None and k.shape[0] * k.shape[1] * k.shape[2] <= SHORT:
             queries = q.view(len(q), k.shape[1], -1, q.shape[-1])  # the heads of a group as so many queries
             return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.allowed).view(q.shape)
         return written_out(q, k, v, mask)
     if q.device.type == "cpu" and k.shape[2] <= (2048 if q.dtype == torch.bfloat16 else 512):
         return written_out(q, k, v, mask)
-    if alone:
+    if apart:
         k, v = every_head(q, k, v)
     return F.scaled_dot_product_attention(
         q,
@@ -148,7 +148,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         v,
         attn_mask=mask.allowed if mask.bias is None else _added(mask, q),
         is_causal=mask.causal and mask.allowed is None and mask.bias is None,
-        enable_gqa=grouped and not alone,
+        enable_gqa=grouped and not apart,
     )
 
 

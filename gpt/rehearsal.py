@@ -146,7 +146,8 @@ def _leg(given: TrainConfig, home: Path, name: str, updates: int) -> None:
         process.kill()
         process.join()
     if process.exitcode != signals.PREEMPTED and process.exitcode != signals.DONE:
-        message, follows = "it was killed, most likely for lack of memory", False
+        hung = process.exitcode == signals.STUCK  # its watchdog, which tells nobody else, showed where it stood
+        message, follows = "it hung" if hung else "it was killed, most likely for lack of memory", False
         with suppress(EOFError, OSError):
             message, follows = json.loads(said.recv_bytes())
         code = process.exitcode or signals.BUG
